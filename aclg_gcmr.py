@@ -1,0 +1,1617 @@
+"""ACLG with guided cooperation via model-based rollout (GCMR: Wang et al. 2023, https://arxiv.org/abs/2309.13508).
+
+    python aclg_gcmr.py --env AntMaze-U            # train
+    python aclg_gcmr.py --env AntMaze-U --help     # every setting, with the values for this environment
+
+This is hiro.py with subgoals in x and y and, in the order in which they were proposed,
+
+    HRAC   adjacency_loss: the manager keeps its subgoals within a few steps' reach  (arXiv 2006.11485)
+    HIGL   landmarks, spread out and novel, and a planner over them                  (arXiv 2110.13625)
+    ACLG   landmark_loss: the subgoal is drawn towards the next landmark of the plan (GCMR, section IV)
+    GCMR   relabel_subgoals scores candidates on states mixed from the replay and from a learned model;
+           gradient_penalty bounds the worker's critics by what the model says the reward can change;
+           rollout_planning_loss lets the worker look one step ahead with the manager's critics
+
+    every step:
+        act, and store as in hiro.py
+        update_worker: critic_loss + gradient_penalty; every few: -q1 + rollout_planning_loss
+    every manager_period steps:
+        update_manager: relabeled critic_loss; -q1 + adjacency_loss + landmark_loss towards target_landmarks
+    at the end of an episode:
+        novelty landmarks from random network distillation; now and then the adjacency network and the model
+
+A weight of 0 switches a term off; README has the command lines of HIRO, HRAC, HIGL and ACLG.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import itertools
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common_envs import SPECS, make_env
+
+SCRIPT = Path(__file__).stem
+FORMAT = 1  # of checkpoints; raised when an older one could not be read any more
+
+# ------------------------------------------------------------------------------------------------ arguments
+
+# An integer that may be written as 7e5.
+Count = Annotated[
+    int,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: int(float(words[0])),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+
+
+@dataclass
+class Args:
+    # --- Experiment ---
+    env: str = "AntMaze-U"  # id of the environment, a row of SPECS in common_envs.py
+    reward: str | None = None  # "dense" or "sparse"; None: the first that the environment has
+    seed: int = 1  # fixes Python, numpy, torch, environment and sampling
+    total_steps: Count = 700_000  # environment steps, counted from the start also after --resume
+    device: str = "auto"  # "auto": cuda if there is one, else cpu
+    threads: int = 0  # CPU threads of torch; 0: all cores (use 1 when several runs share a machine)
+    fast_matmul: bool = True  # on a CPU without AMX, oneDNN's float32 kernels for the updates; same precision
+    eval_every: Count = 5_000  # environment steps between evaluations
+    eval_episodes: int = 10  # noise-free episodes per evaluation goal
+    eval_goals: tuple[float, ...] = ()  # evaluation goals, coordinates in a row; empty: the environment's own
+    eval_only: bool = False  # evaluate --checkpoint and stop
+    checkpoint: str | None = None  # model.pt or checkpoint.pt of an earlier run, for --eval-only
+    save_every: Count = 0  # environment steps between checkpoints for --resume; 0: on SIGTERM or Ctrl-C only
+    resume: str | None = None  # checkpoint.pt to continue exactly where it stopped
+    run_dir: str | None = None  # this run's folder; None: runs/<env>__<script>__<variant>__<seed>__<time>
+    variant: str = "default"  # a name for this setting, used in the folder's name
+    track: bool = False  # log to Weights & Biases too (pip install wandb)
+
+    # --- Hierarchy (HIRO section 3) ---
+    manager_period: int = 10  # c, worker steps per subgoal
+    subgoal_space: Literal["xy", "xyz", "xy_block"] = "xy"  # which first entries of obs
+    mask_xy: bool = True  # hide obs entries 0, 1 (position) from the worker
+    manager_reward_scale: float = 0.1  # factor on the sum of environment rewards of a segment
+    worker_reward_scale: float = 1.0  # factor on the worker's reward
+    time_limit_is_terminal: bool = False  # the released code's way; False bootstraps through time limits
+    candidates: int = 12  # K, of which one is the stored subgoal and one the displacement
+    candidate_noise: float = 0.5  # std of the drawn candidates around the displacement, times half-range
+
+    # --- TD3, both levels ---
+    hidden: int = 300  # units in each of the two hidden layers
+    output_init: float = 0.0  # output layers start uniform within this, biases at 0; 0: PyTorch's init
+    actor_lr: float = 1e-4  # Adam
+    critic_lr: float = 1e-3  # Adam
+    critic_weight_decay: float = 1e-4  # Adam's L2 term
+    tau: float = 0.005  # step of the target networks
+    batch_size: int = 128  # rows per update
+    learning_starts: Count = 500  # first steps only collect, with the untrained noisy policies
+    worker_actor_every: int = 5  # worker critic updates per update of its actor
+    worker_critic_updates: int = (
+        1  # worker critic updates per environment step, until the gradient penalty acts
+    )
+    worker_critic_updates_with_penalty: int = 5  # the same once it does
+
+    # --- Worker ---
+    worker_gamma: float = 0.95  # discount per environment step
+    worker_noise: float = 1.0  # std of exploration noise, in units of the action (torques are within 30)
+    worker_target_noise: float = 0.2  # std of target policy smoothing, units of the action
+    worker_target_noise_clip: float = 0.5  # its bound
+    worker_buffer: Count = 200_000  # steps kept
+    action_limit: tuple[float, ...] = ()  # bounds of the worker's output; empty: the environment's
+    scale_worker_inputs: bool = False  # divide subgoal and action by their half-range before worker networks
+
+    # --- Manager ---
+    manager_gamma: float = 0.99  # discount per segment
+    manager_noise: float = 1.0  # std of exploration noise, units of the subgoal (metres for x and y)
+    manager_target_noise: float = 0.2  # std of target policy smoothing, units of the subgoal
+    manager_target_noise_clip: float = 0.5  # its bound
+    manager_buffer: Count = 200_000  # segments kept
+
+    # --- Adjacency (HRAC section 4) ---
+    adjacency_weight: float = 20.0  # weight of adjacency_loss in the manager's actor loss
+    adjacency_factor: float = 0.5  # pairs up to int(factor x period) - 1 steps apart are adjacent
+    adjacency_near: float = 1.0  # embedding distance below which adjacent cells are pulled
+    adjacency_far: float = (
+        1.2  # embedding distance above which other cells are pushed; hinge at the mean of both
+    )
+    adjacency_every: Count = 50_000  # positions between trainings of the adjacency network
+    adjacency_epochs: int = 25  # passes over all pairs of cells per training
+    adjacency_batch_size: int = 64  # pairs per update
+    adjacency_lr: float = 2e-4  # Adam
+
+    # --- Landmarks (HIGL section 4; ACLG: GCMR section IV) ---
+    landmark_weight: float = 1.0  # weight of landmark_loss in the manager's actor loss
+    landmark_weight_before_planner: float = (
+        1.0  # times that; then it pulls subgoals to 0, as released. 0: off
+    )
+    landmark_space: Literal["goal", "adjacency"] = (
+        "goal"  # distance in x, y (ACLG) or in the embedding (HIGL)
+    )
+    landmark_shift: float = 2.0  # m, the pseudo-landmark lies this far towards the landmark
+    planner_starts: Count = 60_000  # environment steps
+    coverage_landmarks: int = 60  # by farthest-point sampling
+    coverage_pool: int = 1_000  # states from which they are taken
+    novelty_landmarks: int = 60  # the most novel states, by random network distillation
+    novelty_radius: float = 0.2  # m, landmarks nearer than this to a visited place are dropped
+    novelty_lr: float = 1e-3  # Adam, of the predictor
+    edge_cutoff: float = -38.0  # clip_v, edges with a lower value are cut
+    direct_value: float = -10.0  # goal_thr, a goal whose direct edge is above is its own landmark
+    path_search: Literal["exact", "soft"] = "exact"  # "soft": the released 20 rounds of soft value iteration
+    path_heat: float = 0.9  # inverse temperature of "soft"
+
+    # --- Dynamics model (GCMR section IV-A) ---
+    dynamics_members: int = 5  # E
+    dynamics_hidden: int = 256  # units in each of the two hidden layers
+    dynamics_lr: float = 5e-3  # Adam
+    dynamics_batch_size: int = 512  # rows per member and update
+    dynamics_starts: Count = 20_000  # environment steps before the first training
+    dynamics_every: Count = 2_000  # environment steps between trainings
+    dynamics_first_updates: int = 2_000  # gradient steps of the first training
+    dynamics_updates: int = 200  # gradient steps of later ones (released: up to 52 passes over 60,000 rows)
+    dynamics_rows: Count = 50_000  # a training uses this many random rows and the newest fifth as many
+
+    # --- Relabeling (GCMR section IV-B) ---
+    model_relabeling: bool = True  # score candidates on model rollouts; off: on the recorded states (HIRO)
+    rollout_weight: float = 0.95  # w, the i-th state is w^i recorded and 1 - w^i model
+    relabel_shift: float = (
+        20.0  # delta_sg, how far the subgoal moves towards the best candidate; 0: all the way
+    )
+    relabel_norm: Literal["batch", "sample"] = (
+        "batch"  # the shift's unit: norm of the batch (released) or row
+    )
+
+    # --- Gradient penalty (GCMR section IV-C) ---
+    gradient_penalty_weight: float = 1.0  # lambda_gp
+    gradient_penalty_every: int = 5  # worker critic updates
+    gradient_penalty_form: Literal["paper", "released"] = "paper"  # whose actions, and is the bound divided
+    gradient_penalty_copies: int = 16  # random actions per row of "released"
+
+    # --- One-step rollout planning (GCMR section IV-D) ---
+    rollout_planning_weight: float = 5e-4  # lambda_osrp
+    rollout_planning_every: int = 10  # worker actor updates
+    rollout_planning_goals: int = 2  # goals per observation (released: 10); fewer only raise the variance
+    rollout_planning_subgoals: int = 5  # subgoals per goal (released: 10)
+
+    # --- Diagnostics ---
+    reached_radius: float = 1.0  # m, a subgoal counts as reached when its period ends within this of it
+
+
+# Settings that differ from the defaults, with their source. Other environments use the defaults.
+PRESETS: dict[str, dict] = {
+    "AntMaze-U": {"source": "released script of AntMaze-v1"},
+    "AntMaze-UStochastic": {"source": "released script of the stochastic AntMaze-v1"},
+    "AntMaze-ULarge": {
+        "source": "released script of AntMaze-v0",
+        "relabel_shift": 30.0,
+        "landmark_shift": 3.0,
+        "total_steps": 1_200_000,
+    },
+    "AntMaze-W": {"source": "released script of AntMazeW-v2", "relabel_shift": 10.0, "total_steps": 600_000},
+    "AntMaze-Bottleneck": {
+        "source": "released script of AntMazeBottleneck-v1",
+        "gradient_penalty_weight": 10.0,
+        "rollout_planning_weight": 5e-3,
+    },
+    "AntMaze-Complex": {
+        "source": "released script of AntMazeComplex-v2",
+        "relabel_shift": 30.0,
+        "landmark_shift": 3.0,
+        "coverage_landmarks": 200,
+        "total_steps": 3_000_000,
+    },
+    "AntPush-Small": {
+        "source": "released script of AntPush-v1, added after the paper",
+        "subgoal_space": "xy_block",
+        "gradient_penalty_weight": 0.01,
+        "adjacency_weight": 0.02,
+        "adjacency_near": 2.0,
+        "adjacency_far": 2.4,
+        "landmark_weight": 0.1,
+        "landmark_shift": 3.0,
+        "worker_reward_scale": 1.5,
+        "worker_buffer": 1_000_000,
+        "manager_buffer": 1_000_000,
+    },
+    "AntFall": {"source": "HRAC's subgoal space; no settings were published", "subgoal_space": "xyz"},
+    "PointMaze-U": {
+        "source": "released script of PointMaze-v1",
+        "adjacency_factor": 0.7,
+        "rollout_planning_weight": 5e-5,
+        "total_steps": 500_000,
+    },
+}
+
+# Subgoals are about the first entries of obs: x and y, then z (HRAC's AntFall) or the block's x and y (GCMR's
+# AntPush). Half-ranges in metres.
+SUBGOAL_SPACES = {"xy": (10.0, 10.0), "xyz": (10.0, 10.0, 0.5), "xy_block": (10.0, 10.0, 2.0, 2.0)}
+
+
+def fail(message: str):
+    """One clear line on stderr and a non-zero exit."""
+    raise SystemExit(f"{SCRIPT}.py: error: {message}")
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Defaults, then the settings of --env (or of the loaded checkpoint), then the flags."""
+
+    @dataclass
+    class First:
+        env: str | None = None
+        checkpoint: str | None = None
+        resume: str | None = None
+        eval_only: bool = False
+
+    first, _ = tyro.cli(First, args=argv, return_unknown_args=True, add_help=False)
+    if first.env not in (None, *SPECS):
+        fail(f"unknown --env {first.env}; known: {', '.join(SPECS)}")
+    if first.eval_only and first.checkpoint is None:
+        fail("--eval-only needs --checkpoint PATH")
+    if first.checkpoint is not None and not first.eval_only:
+        fail("--checkpoint is for --eval-only; to continue a run use --resume PATH")
+    saved = first.resume or first.checkpoint
+    if saved is not None:
+        settings = load_checkpoint(saved)["args"] | {"resume": None, "checkpoint": None, "run_dir": None}
+        source = f"read from {saved}"
+        if first.env is not None:
+            settings["env"] = first.env
+    else:
+        env = first.env or Args.env
+        preset = PRESETS.get(env, {})
+        settings = {"env": env} | {name: value for name, value in preset.items() if name != "source"}
+        source = preset.get("source", "the paper's values")
+    args = tyro.cli(
+        Args,
+        args=argv,
+        default=dataclasses.replace(Args(), **settings),
+        description=f"{__doc__.splitlines()[0]} Settings of {settings['env']}: {source}.",
+    )
+    check_args(args)
+    return args
+
+
+def check_args(args: Args):
+    """Refuse what makes no sense, with the reason."""
+    spec = SPECS[args.env]
+    if args.reward is not None and args.reward not in spec.rewards:
+        fail(f"--reward {args.reward}: {args.env} has {', '.join(spec.rewards)}")
+    positive = ("manager_period", "batch_size", "hidden", "worker_actor_every", "gradient_penalty_every")
+    for name in (*positive, "rollout_planning_every", "total_steps", "eval_every", "eval_episodes"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} must be at least 1")
+    if args.learning_starts < args.manager_period:
+        fail("--learning-starts must be at least --manager-period: the manager learns from whole segments")
+    if spec.goal_dim and len(args.eval_goals) % spec.goal_dim:
+        fail(f"--eval-goals needs a multiple of {spec.goal_dim} numbers for {args.env}")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        fail("--device cuda: torch sees no CUDA device here; use --device cpu")
+    if args.candidates < 3:
+        fail("--candidates must be at least 3: the stored subgoal, the displacement and one draw")
+    if spec.goal_dim != len(SUBGOAL_SPACES[args.subgoal_space]) and args.landmark_weight > 0:
+        fail(
+            f"landmarks need goals and subgoals of one kind: {args.env} has goals of {spec.goal_dim} numbers, "
+            f"--subgoal-space {args.subgoal_space} has {len(SUBGOAL_SPACES[args.subgoal_space])}; "
+            "choose another or set --landmark-weight 0"
+        )
+    if int(args.adjacency_factor * args.manager_period) < 2 and args.adjacency_weight > 0:
+        fail("--adjacency-factor x --manager-period must be at least 2, or no two steps are adjacent")
+    if args.landmark_weight > 0 and args.coverage_landmarks < 1:
+        fail("--coverage-landmarks must be at least 1 while --landmark-weight is not 0")
+
+
+# ------------------------------------------------------------------------------------------------- subgoals
+
+
+def subgoal_transition(achieved, subgoal, next_achieved):
+    """h(s, g, s') = s + g - s' (HIRO eq. 3): what is left to the same target, not clipped. [..., D]"""
+    return achieved + subgoal - next_achieved
+
+
+def intrinsic_reward(achieved, subgoal, next_achieved):
+    """r(s, g, s') = -|s + g - s'| (HIRO eq. 4), of the subgoal before the step. numpy, [..., D] -> [...]"""
+    return -np.sqrt(np.square(achieved + subgoal - next_achieved).sum(-1) + 1e-10)
+
+
+# ------------------------------------------------------------------------------------------------- networks
+
+
+class EnsembleLinear(nn.Module):
+    """`members` linear layers as one batched product: [members, B, fan_in] -> [members, B, fan_out]."""
+
+    def __init__(self, members: int, fan_in: int, fan_out: int):
+        super().__init__()
+        bound = fan_in**-0.5  # PyTorch's default for nn.Linear
+        self.weight = nn.Parameter(torch.empty(members, fan_in, fan_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, fan_out).uniform_(-bound, bound))
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias[:, None], x, self.weight)
+
+    def member(self, index: int, x):
+        """One member alone. [B, fan_in] -> [B, fan_out]"""
+        return torch.addmm(self.bias[index], x, self.weight[index])
+
+
+def init_output_(layers: list[nn.Module], bound: float):
+    """DDPG's start: all biases 0, the output layer within +-bound. bound 0 leaves PyTorch's init."""
+    if bound > 0:
+        for layer in layers:
+            nn.init.zeros_(layer.bias)
+        nn.init.uniform_(layers[-1].weight, -bound, bound)
+
+
+class Actor(nn.Module):
+    """(obs, goal) -> action within +-limit. The manager's action is a subgoal, the worker's a torque."""
+
+    def __init__(self, input_scale, limit, hidden: int, output_init: float):
+        super().__init__()
+        self.register_buffer("input_scale", input_scale)  # [obs_dim + goal_dim], 0 hides an entry
+        self.register_buffer("limit", limit)  # [action_dim]
+        sizes = [len(input_scale), hidden, hidden, len(limit)]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
+        init_output_(list(self.layers), output_init)
+
+    def forward(self, obs, goal):
+        x = torch.cat([obs, goal], -1) * self.input_scale
+        x = F.relu(self.layers[0](x))
+        x = F.relu(self.layers[1](x))
+        return self.limit * torch.tanh(self.layers[2](x))
+
+
+class Critic(nn.Module):
+    """Twin Q functions: (obs, goal, action) -> q [2, B]. Inputs [B, .] are shared, [2, B, .] one for each."""
+
+    def __init__(self, input_scale, hidden: int, output_init: float):
+        super().__init__()
+        self.register_buffer("input_scale", input_scale)  # [obs_dim + goal_dim + action_dim]
+        sizes = [len(input_scale), hidden, hidden, 1]
+        self.layers = nn.ModuleList(EnsembleLinear(2, a, b) for a, b in zip(sizes, sizes[1:]))
+        init_output_(list(self.layers), output_init)
+
+    def forward(self, obs, goal, action):
+        x = torch.cat([obs, goal, action], -1) * self.input_scale
+        x = F.relu(self.layers[0](x.expand(2, *x.shape[-2:])))
+        x = F.relu(self.layers[1](x))
+        return self.layers[2](x).squeeze(-1)
+
+    def q1(self, obs, goal, action):
+        """The first Q function alone, which the actor follows. [B]"""
+        x = torch.cat([obs, goal, action], -1) * self.input_scale
+        x = F.relu(self.layers[0].member(0, x))
+        x = F.relu(self.layers[1].member(0, x))
+        return self.layers[2].member(0, x).squeeze(-1)
+
+
+class TD3:
+    """One level of the hierarchy (Fujimoto et al. 2018). Only plumbing: what the methods differ in is below.
+
+    input_scale [obs_dim + goal_dim + action_dim] multiplies what the networks see, limit [action_dim] bounds
+    the action, noise = (exploration std, target smoothing std, its clip) in units of the action.
+    """
+
+    def __init__(self, input_scale, limit, gamma: float, noise: tuple, args: Args):
+        self.limit, self.gamma, self.tau = limit, gamma, args.tau
+        self.noise, self.target_noise, self.target_noise_clip = noise
+        size = dict(hidden=args.hidden, output_init=args.output_init)
+        self.actor, self.target_actor = (Actor(input_scale[: -len(limit)], limit, **size) for _ in range(2))
+        self.critic, self.target_critic = (Critic(input_scale, **size) for _ in range(2))
+        for net in (self.actor, self.target_actor, self.critic, self.target_critic):
+            net.to(limit.device)
+        self.target_actor.load_state_dict(self.actor.state_dict())
+        self.target_critic.load_state_dict(self.critic.state_dict())
+        self.actor_params, self.critic_params = list(self.actor.parameters()), list(self.critic.parameters())
+        self.target_actor_params = list(self.target_actor.requires_grad_(False).parameters())
+        self.target_critic_params = list(self.target_critic.requires_grad_(False).parameters())
+        adam = dict(fused=True, capturable=limit.is_cuda)
+        self.actor_optimizer = torch.optim.Adam(self.actor_params, args.actor_lr, **adam)
+        adam["weight_decay"] = args.critic_weight_decay
+        self.critic_optimizer = torch.optim.Adam(self.critic_params, args.critic_lr, **adam)
+
+    @torch.no_grad()
+    def act(self, obs, goal, explore: bool):
+        """Action for one observation, numpy in and out. explore adds Gaussian noise, clipped to the limit."""
+        obs, goal = (torch.as_tensor(x, device=self.limit.device)[None] for x in (obs, goal))
+        action = self.actor(obs, goal)[0]
+        if explore:
+            action = (action + torch.randn_like(action) * self.noise).clamp(-self.limit, self.limit)
+        return action.cpu().numpy()
+
+    @torch.no_grad()
+    def td_target(self, reward, terminated, next_obs, next_goal):
+        """y = r + gamma min(Q1', Q2')(s', smoothed target action) [B]. A time limit is not terminal."""
+        next_action = self.target_actor(next_obs, next_goal)
+        noise = torch.randn_like(next_action) * self.target_noise
+        next_action = next_action + noise.clamp(-self.target_noise_clip, self.target_noise_clip)
+        next_q = self.target_critic(next_obs, next_goal, next_action.clamp(-self.limit, self.limit)).amin(0)
+        return reward + self.gamma * (1 - terminated) * next_q
+
+    def critic_loss(self, td_target, obs, goal, action):
+        """Huber loss of both critics, summed, and the mean Q for the log."""
+        q = self.critic(obs, goal, action)  # [2, B]
+        return F.smooth_l1_loss(q, td_target.expand_as(q), reduction="none").mean(1).sum(), q.detach().mean()
+
+    def critic_step(self, loss):
+        """One Adam step of both critics on any loss."""
+        for param, grad in zip(self.critic_params, torch.autograd.grad(loss, self.critic_params)):
+            param.grad = grad
+        self.critic_optimizer.step()
+
+    def actor_step(self, loss):
+        """One Adam step of the actor on any loss; no other network's gradient is touched."""
+        for param, grad in zip(self.actor_params, torch.autograd.grad(loss, self.actor_params)):
+            param.grad = grad
+        self.actor_optimizer.step()
+
+    @torch.no_grad()
+    def update_target_critic(self):
+        """Polyak step of the target network: target += tau (online - target)."""
+        torch._foreach_lerp_(self.target_critic_params, self.critic_params, self.tau)
+
+    @torch.no_grad()
+    def update_target_actor(self):
+        torch._foreach_lerp_(self.target_actor_params, self.actor_params, self.tau)
+
+    def state_dict(self) -> dict:
+        parts = ("actor", "target_actor", "critic", "target_critic", "actor_optimizer", "critic_optimizer")
+        return {name: getattr(self, name).state_dict() for name in parts}
+
+    def load_state_dict(self, state: dict):
+        for name, part in state.items():
+            getattr(self, name).load_state_dict(part)
+
+
+# --------------------------------------------------------------------------------------------------- replay
+
+
+class ReplayBuffer:
+    """Ring buffer of named fields. A float32 row per entry: adding is one copy, sampling one index_select."""
+
+    def __init__(self, capacity: int, device, **shapes: tuple[int, ...]):
+        self.shapes, self.sizes = shapes, [int(np.prod(shape)) for shape in shapes.values()]
+        self.rows = torch.zeros(capacity, sum(self.sizes), device=device)
+        self.added = 0  # entries ever added
+        self.size = torch.zeros(
+            (), device=device
+        )  # filled rows, on the device: sampling does not ask the host
+
+    def __len__(self) -> int:
+        return min(self.added, len(self.rows))
+
+    def add(self, **fields):
+        row = np.concatenate([np.ravel(fields[name]) for name in self.shapes]).astype(np.float32, copy=False)
+        self.rows[self.added % len(self.rows)].copy_(torch.from_numpy(row), non_blocking=True)
+        self.added += 1
+        self.size.fill_(len(self))
+
+    def sample(self, count: int) -> SimpleNamespace:
+        """count entries, uniformly with replacement; each field [count, *shape]."""
+        index = (torch.rand(count, device=self.rows.device, dtype=torch.float64) * self.size).long()
+        return self.unpack(self.rows.index_select(0, index))
+
+    def latest(self, count: int) -> SimpleNamespace:
+        """The newest count entries, oldest first."""
+        index = torch.arange(self.added - count, self.added, device=self.rows.device) % len(self.rows)
+        return self.unpack(self.rows.index_select(0, index))
+
+    def unpack(self, rows) -> SimpleNamespace:
+        """Rows [n, row size] -> their fields as views, [n, *shape]."""
+        columns = rows.split(self.sizes, -1)
+        return SimpleNamespace(**{n: c.reshape(-1, *s) for (n, s), c in zip(self.shapes.items(), columns)})
+
+    def state_dict(self) -> dict:
+        return {"rows": self.rows[: len(self)], "added": self.added}
+
+    def load_state_dict(self, state: dict):
+        self.rows[: len(state["rows"])] = state["rows"]
+        self.added = state["added"]
+        self.size.fill_(len(self))
+
+
+class Segment:
+    """The steps between two decisions of the manager, padded to a whole period if the episode ends."""
+
+    def __init__(self, period: int, obs_dim: int, action_dim: int):
+        self.obs_seq = np.zeros((period + 1, obs_dim), np.float32)
+        self.action_seq = np.zeros((period, action_dim), np.float32)
+        self.length, self.reward = 0, 0.0
+
+    def start(self, obs):
+        self.obs_seq[:], self.action_seq[:] = obs, 0
+        self.length, self.reward = 0, 0.0
+
+    def add(self, action, reward: float, next_obs):
+        self.action_seq[self.length] = action
+        self.length += 1
+        self.obs_seq[self.length :] = next_obs  # the last entry is the true end also of a short segment
+        self.reward += reward
+
+    def sequences(self) -> dict:
+        return {"obs_seq": self.obs_seq, "action_seq": self.action_seq, "length": self.length}
+
+    def state_dict(self) -> dict:
+        return to_tensors(vars(self))
+
+    def load_state_dict(self, state: dict):
+        for name, value in state.items():
+            setattr(self, name, value.numpy().copy() if torch.is_tensor(value) else value)
+
+
+# ------------------------------------------------------------------------------------------- dynamics model
+
+
+class DynamicsEnsemble(nn.Module):
+    """E networks that predict the change of obs in one step as a Gaussian (GCMR section IV-A; PETS).
+
+    Inputs and targets are standardised by the statistics of the data of the last training.
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        sizes = [obs_dim + action_dim, args.dynamics_hidden, args.dynamics_hidden, 2 * obs_dim]
+        self.layers = nn.ModuleList(
+            EnsembleLinear(args.dynamics_members, a, b) for a, b in zip(sizes, sizes[1:])
+        )
+        for layer in self.layers:
+            std = 0.5 * layer.weight.shape[1] ** -0.5
+            nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+            nn.init.zeros_(layer.bias)
+        self.register_buffer("input_mean", torch.zeros(sizes[0]))
+        self.register_buffer("input_std", torch.ones(sizes[0]))
+        self.register_buffer("delta_mean", torch.zeros(obs_dim))
+        self.register_buffer("delta_std", torch.ones(obs_dim))
+        self.register_buffer("low", torch.full((obs_dim,), torch.inf))  # box of all states seen, widened
+        self.register_buffer("high", torch.full((obs_dim,), -torch.inf))
+        self.trained_at = 0  # environment step of the last training; 0: not yet
+
+    def forward(self, obs, action):
+        """[B, .] (the same rows for all) or [E, B, .] -> mean, log variance of the standardised change [E, B, .]"""
+        x = (torch.cat([obs, action], -1) - self.input_mean) / (self.input_std + 1e-7)
+        x = x.expand(len(self.layers[0].weight), *x.shape[-2:])
+        x = F.silu(self.layers[0](x))
+        x = F.silu(self.layers[1](x))
+        mean, log_var = self.layers[2](x).chunk(2, -1)
+        return mean, clamp_log_variance(log_var)
+
+    def sample_delta(self, obs, action):
+        """A draw of s' - s, each row from one member at random. Differentiable. [B, .] -> [B, obs_dim]"""
+        members, rows = len(self.layers[0].weight), len(obs)
+        order = torch.rand(
+            rows, device=obs.device
+        ).argsort()  # a random equal share of the rows for each member
+        index = torch.cat([order, order[: -rows % members]])
+        mean, log_var = self(
+            obs[index].unflatten(0, (members, -1)), action[index].unflatten(0, (members, -1))
+        )
+        delta = (mean + torch.randn_like(mean) * (0.5 * log_var).exp()).flatten(0, 1)[:rows]
+        return delta[order.argsort()] * self.delta_std + self.delta_mean
+
+    def predict_next(self, obs, action):
+        """A draw of s', kept within the box of states seen. [B, obs_dim]"""
+        return torch.clamp(obs + self.sample_delta(obs, action), *self.box())
+
+    def box(self):
+        """All states seen, widened by half their range. (The released box grows 2.5-fold with every training.)"""
+        return 1.5 * self.low - 0.5 * self.high, 1.5 * self.high - 0.5 * self.low
+
+    @torch.no_grad()
+    def fit_statistics(self, obs, action, delta):
+        inputs = torch.cat([obs, action], -1)
+        self.input_mean.copy_(inputs.mean(0)), self.input_std.copy_(inputs.std(0))
+        self.delta_mean.copy_(delta.mean(0)), self.delta_std.copy_(delta.std(0) + 1e-7)
+        (
+            self.low.copy_(torch.minimum(self.low, obs.amin(0))),
+            self.high.copy_(torch.maximum(self.high, obs.amax(0))),
+        )
+
+    @torch.no_grad()
+    def relative_error(self, obs, action, delta) -> float:
+        """Squared error of the mean prediction over the variance of the target, mean over dims. 1: knows nothing."""
+        prediction = self(obs, action)[0].mean(0) * self.delta_std + self.delta_mean
+        return float(((prediction - delta) / (delta.std(0) + 1e-7)).square().mean())
+
+    def get_extra_state(self):
+        return {"trained_at": self.trained_at}
+
+    def set_extra_state(self, state):
+        self.trained_at = state["trained_at"]
+
+
+def clamp_log_variance(log_var, low: float = -10.0, high: float = 0.5):
+    """Soft bounds (PETS), fixed here as in the released code."""
+    log_var = high - F.softplus(high - log_var)
+    return low + F.softplus(log_var - low)
+
+
+def dynamics_loss(mean, log_var, target):
+    """Gaussian negative log-likelihood, summed over members: mean(err^2 / var) + mean(log var). [E, B, .] -> []"""
+    error = (mean - target).square() * (-log_var).exp()
+    return (error.mean((1, 2)) + log_var.mean((1, 2))).sum()
+
+
+def train_dynamics(
+    dynamics: DynamicsEnsemble, optimizer, buffer: ReplayBuffer, args: Args, step: int
+) -> dict:
+    """Some gradient steps on one-step transitions of the replay; a fifth of the rows is held out for the log.
+
+    One step, although the released code feeds its model displacements of ten steps (README, deviations).
+    """
+    rows = torch.arange(len(buffer), device=buffer.rows.device)
+    if len(buffer) > args.dynamics_rows:
+        newest = (buffer.added - 1 - torch.arange(args.dynamics_rows // 5, device=rows.device)) % len(buffer)
+        rows = torch.cat([torch.randint(len(buffer), (args.dynamics_rows,), device=rows.device), newest])
+    batch = buffer.unpack(buffer.rows[rows[torch.randperm(len(rows), device=rows.device)]])
+    data = (batch.obs, batch.action, batch.next_obs - batch.obs)
+    split = len(rows) // 5
+    held_out, data = [x[:split] for x in data], [x[split:] for x in data]
+    metrics = {"dynamics/error_before": dynamics.relative_error(*held_out)} if dynamics.trained_at else {}
+    dynamics.fit_statistics(*data)
+    obs, action, target = data[0], data[1], (data[2] - dynamics.delta_mean) / dynamics.delta_std
+    params = list(dynamics.parameters())
+    for _ in range(args.dynamics_updates if dynamics.trained_at else args.dynamics_first_updates):
+        shape = (args.dynamics_members, args.dynamics_batch_size)  # each member its own rows
+        index = torch.randint(len(obs), shape, device=obs.device)
+        loss = dynamics_loss(*dynamics(obs[index], action[index]), target[index])
+        for param, grad in zip(params, torch.autograd.grad(loss, params)):
+            param.grad = grad
+        optimizer.step()
+    dynamics.trained_at = step
+    return metrics | {"dynamics/loss": loss.detach(), "dynamics/error": dynamics.relative_error(*held_out)}
+
+
+# ------------------------------------------------------------------------------------------------- adjacency
+
+
+class Adjacency(nn.Module):
+    """Which cells of 1 m are a few steps apart, and an embedding in which those are near (HRAC section 4).
+
+    Positions are collected per trajectory; cells that occur within `lags` steps of each other become adjacent.
+    """
+
+    def __init__(self, dims: int, args: Args):
+        super().__init__()
+        sizes = [dims, 128, 128, 128, 32]
+        layers = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.ReLU())]
+        self.embed = nn.Sequential(*layers[:-1])
+        self.lags = int(args.manager_period * args.adjacency_factor) - 1
+        self.cells: dict[tuple, int] = {}  # cell -> its row in the matrix
+        self.matrix = np.eye(0, dtype=bool)  # [cells, cells]
+        self.positions = 0  # collected since the last training
+
+    def add_trajectory(self, achieved: np.ndarray):
+        """achieved [T + 1, D], the positions of one episode in order."""
+        cells = [tuple(cell) for cell in np.rint(achieved).astype(int).tolist()]  # halves to even
+        self.positions += len(cells)
+        pairs = {
+            (cells[i], cells[i + lag]) for lag in range(1, self.lags + 1) for i in range(len(cells) - lag)
+        }
+        for cell in dict.fromkeys(cells):
+            self.cells.setdefault(cell, len(self.cells))
+        grown = np.eye(len(self.cells), dtype=bool)
+        grown[: len(self.matrix), : len(self.matrix)] = self.matrix
+        for a, b in pairs:
+            grown[self.cells[a], self.cells[b]] = grown[self.cells[b], self.cells[a]] = True
+        self.matrix = grown
+
+    def get_extra_state(self):
+        cells = [list(cell) for cell in self.cells]
+        return {"cells": cells, "matrix": torch.from_numpy(self.matrix), "positions": self.positions}
+
+    def set_extra_state(self, state):
+        self.cells = {tuple(cell): row for row, cell in enumerate(state["cells"])}
+        self.matrix, self.positions = state["matrix"].numpy().copy(), state["positions"]
+
+
+def contrastive_loss(distance, adjacent, args: Args):
+    """Pull adjacent cells within near, push others beyond far (HRAC eq. 8). distance, adjacent [B] -> []"""
+    pull = adjacent * F.relu(distance - args.adjacency_near)
+    push = (1 - adjacent) * F.relu(args.adjacency_far - distance)
+    return pull.mean() + push.mean()
+
+
+def embedding_distance(a, b):
+    return ((a - b).square().sum(-1) + 1e-12).sqrt()
+
+
+def train_adjacency(adjacency: Adjacency, optimizer, args: Args) -> dict:
+    """Passes over all pairs of known cells in random order."""
+    device, params = next(adjacency.parameters()).device, list(adjacency.parameters())
+    cells = torch.tensor(list(adjacency.cells), dtype=torch.float32, device=device)
+    labels = torch.from_numpy(adjacency.matrix).to(device, torch.float32)
+    pairs = torch.triu_indices(len(cells), len(cells), 1, device=device)
+    losses = []
+    for _ in range(args.adjacency_epochs):
+        order = pairs[:, torch.randperm(pairs.shape[1], device=device)]
+        for a, b in order.split(args.adjacency_batch_size, 1):
+            embedded = adjacency.embed(torch.cat([cells[a], cells[b]]))
+            distance = embedding_distance(*embedded.chunk(2))
+            loss = contrastive_loss(distance, labels[a, b], args)
+            for param, grad in zip(params, torch.autograd.grad(loss, params)):
+                param.grad = grad
+            optimizer.step()
+            losses.append(loss.detach())
+    adjacency.positions = 0
+    return {"adjacency/loss": torch.stack(losses[-len(losses) // args.adjacency_epochs :]).mean()}
+
+
+# --------------------------------------------------------------------------------------------------- novelty
+
+
+class Novelty(nn.Module):
+    """Random network distillation, and the most novel states as landmarks (HIGL section 4.1)."""
+
+    def __init__(self, obs_dim: int, dims: int):
+        super().__init__()
+        self.predictor, self.target = (
+            nn.Sequential(
+                nn.Linear(obs_dim, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128)
+            )
+            for _ in range(2)
+        )
+        self.target.requires_grad_(False)
+        self.dims = dims
+        self.register_buffer("obs", torch.zeros(0, obs_dim))  # the landmarks, most novel first
+        self.register_buffer("score", torch.zeros(0))
+
+    def novelty(self, obs):
+        """1/2 |f(s) - f*(s)|^2 [B]"""
+        return 0.5 * (self.predictor(obs) - self.target(obs)).square().sum(-1)
+
+    def loss(self, obs):
+        return (self.predictor(obs) - self.target(obs)).square().mean()
+
+    @torch.no_grad()
+    def visit(self, obs, args: Args):
+        """Put an episode's states [T + 1, obs_dim] into the queue, in place of old entries near them."""
+        self.update_queue(obs, self.novelty(obs), args)
+
+    def update_queue(self, obs, score, args: Args):
+        near = torch.cdist(self.obs[:, : self.dims], obs[:, : self.dims]) < args.novelty_radius
+        old = ~near.any(1)  # scores are never refreshed: a place that was visited again is no longer novel
+        obs, score = torch.cat([self.obs[old], obs]), torch.cat([self.score[old], score])
+        best = score.argsort(descending=True, stable=True)
+        best = best[first_occurrences(obs[best, : self.dims])][: args.novelty_landmarks]
+        self.obs, self.score = obs[best], score[best]
+
+    def _load_from_state_dict(self, state, prefix, *rest):
+        self.obs, self.score = state[prefix + "obs"].clone(), state[prefix + "score"].clone()
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+def first_occurrences(rows):
+    """Indices of rows [N, D] without the exact repetitions of earlier ones."""
+    _, inverse = torch.unique(rows, dim=0, return_inverse=True)
+    first = torch.full((len(rows),), len(rows), device=rows.device)
+    first = first.scatter_reduce(0, inverse, torch.arange(len(rows), device=rows.device), "amin")
+    return first[first < len(rows)].sort().values
+
+
+def train_novelty(novelty: Novelty, optimizer, buffer: ReplayBuffer, args: Args, updates: int) -> dict:
+    """The predictor learns to match the fixed network on states of the replay: what it has seen often scores low."""
+    params = list(novelty.predictor.parameters())
+    for _ in range(updates):
+        loss = novelty.loss(buffer.sample(args.batch_size).obs)
+        for param, grad in zip(params, torch.autograd.grad(loss, params)):
+            param.grad = grad
+        optimizer.step()
+    return {"novelty/loss": loss.detach()}
+
+
+# ----------------------------------------------------------------------------------------------- relabeling
+
+
+def make_candidates(subgoal, displacement, half_range, args: Args):
+    """K subgoals that may explain a segment: the stored one, its displacement, clipped draws around that.
+
+    subgoal, displacement [B, D] -> [B, K, D].
+    """
+    batch, dims = subgoal.shape
+    noise = torch.randn(batch, args.candidates - 2, dims, device=subgoal.device)
+    draws = displacement[:, None] + args.candidate_noise * half_range * noise
+    return torch.cat([subgoal[:, None], displacement[:, None], draws.clamp(-half_range, half_range)], 1)
+
+
+def score_candidates(worker: TD3, candidates, batch):
+    """Log-likelihood of the recorded actions under each candidate (HIRO eq. 5). [B, K, D] -> [B, K]
+
+    -1/2 sum_i |a_i - mu(s_i, g_i)|^2 in units of the action's limit; g_i follows the subgoal transition.
+    """
+    dims, period = candidates.shape[-1], batch.action_seq.shape[1]
+    achieved_seq = batch.obs_seq[..., :dims]  # [B, c+1, D]
+    moved = (achieved_seq[:, :1] - achieved_seq[:, :-1])[:, None]  # [B, 1, c, D]
+    subgoals = candidates[:, :, None] + moved  # [B, K, c, D], not clipped
+    obs = batch.obs_seq[:, None, :-1].expand(*subgoals.shape[:-1], -1)  # [B, K, c, obs_dim]
+    error = (batch.action_seq[:, None] - worker.actor(obs, subgoals)) / worker.limit  # [B, K, c, A]
+    # easy to overlook: a segment that the end of an episode cut short counts only its own steps
+    valid = torch.arange(period, device=obs.device) < batch.length[:, None]  # [B, c]
+    return -0.5 * (error.square().sum(-1) * valid[:, None]).sum(-1)
+
+
+def score_rollouts(worker: TD3, dynamics: DynamicsEnsemble, candidates, batch, half_range, args: Args):
+    """score_candidates on states that drift from the recorded ones to those of the model. [B, K, D] -> [B, K]
+
+    What the present worker would do under another subgoal leads elsewhere: from the second step on it acts in
+    w^i x recorded + (1 - w^i) x predicted states (GCMR section IV-B).
+    """
+    batch_size, count, dims = candidates.shape
+    obs = batch.obs_seq[:, 0].repeat_interleave(count, 0)  # [B * K, obs_dim]
+    subgoal, score = candidates.flatten(0, 1), 0.0
+    for i in range(batch.action_seq.shape[1]):
+        action = worker.actor(obs, subgoal)
+        error = (batch.action_seq[:, i, None] - action.unflatten(0, (batch_size, count))) / worker.limit
+        score = score - 0.5 * error.square().sum(-1) * (i < batch.length)[:, None]
+        recorded = batch.obs_seq[:, i + 1].repeat_interleave(count, 0)
+        weight = args.rollout_weight ** (i + 1)
+        next_obs = torch.lerp(dynamics.predict_next(obs, action), recorded, weight)
+        subgoal = subgoal_transition(obs[:, :dims], subgoal, next_obs[:, :dims]).clamp(
+            -half_range, half_range
+        )
+        obs = next_obs
+    return score
+
+
+def shift_towards(subgoal, best, half_range, args: Args):
+    """Soft relabeling (GCMR section IV-B): the subgoal moves towards the best candidate. [B, D] -> [B, D]
+
+    The unit of relabel_shift is the norm of the whole batch of differences, which grows with sqrt(batch_size):
+    with the norm of each row, as printed in the paper, 20 m would overshoot almost always.
+    """
+    if args.relabel_shift == 0:
+        return best
+    difference = best - subgoal
+    norm = difference.norm() if args.relabel_norm == "batch" else difference.norm(dim=-1, keepdim=True)
+    return (subgoal + args.relabel_shift * difference / (norm + 1e-7)).clamp(-half_range, half_range)
+
+
+@torch.no_grad()
+def relabel_subgoals(worker: TD3, dynamics: DynamicsEnsemble, batch, half_range, args: Args):
+    """The subgoals with which to train the manager on old segments [B, D]; the replay stays as it is."""
+    dims = batch.subgoal.shape[-1]
+    displacement = batch.obs_seq[:, -1, :dims] - batch.obs_seq[:, 0, :dims]
+    candidates = make_candidates(batch.subgoal, displacement, half_range, args)
+    if args.model_relabeling and dynamics.trained_at and 0 < args.rollout_weight < 1:
+        score = score_rollouts(worker, dynamics, candidates, batch, half_range, args)
+    else:
+        score = score_candidates(worker, candidates, batch)
+    best = score.argmax(1)  # the first wins ties
+    best = candidates[torch.arange(len(best), device=best.device), best]
+    return shift_towards(batch.subgoal, best, half_range, args)
+
+
+# -------------------------------------------------------------------------------------------------- planning
+
+
+def farthest_point_sample(points, count: int):
+    """Indices of `count` points spread out [count]: the first, then always the one farthest from those chosen.
+
+    points [N, D]; distance is the mean of squares over D; stops early when all the rest is nearer than 1e-3.
+    """
+    chosen = [0]
+    distance = (points - points[0]).square().mean(-1)
+    while len(chosen) < count and distance.max() >= 1e-3:
+        chosen.append(int(distance.argmax()))
+        distance = torch.minimum(distance, (points - points[chosen[-1]]).square().mean(-1))
+    return torch.tensor(chosen, device=points.device)
+
+
+def edge_values(worker: TD3, obs, targets):
+    """What the worker thinks of going from obs [N, obs_dim] to targets [M, D]: min Q, at most 0. [N, M]"""
+    subgoals = (targets - obs[:, None, : targets.shape[-1]]).flatten(0, 1)  # [N * M, D]
+    obs = obs.repeat_interleave(len(targets), 0)
+    q = worker.critic(obs, subgoals, worker.actor(obs, subgoals)).amin(0)
+    return q.clamp(max=0).view(-1, len(targets))
+
+
+def clip_edges(edges, cutoff: float):
+    """Cut (by -1e6) edges [n, n + G] below the cutoff, but leave each node its best incoming one; 0 to itself."""
+    itself = torch.eye(*edges.shape, dtype=torch.bool, device=edges.device)
+    best = edges.masked_fill(itself, -torch.inf).amax(0)  # [n + G]
+    cut = edges < best.clamp(max=cutoff)
+    return torch.where(cut, edges - 1e6, edges).masked_fill(itself, 0.0)
+
+
+def best_path_values(edges):
+    """Values of the best paths over landmarks to each goal, exact. edges [n, n + G] -> [n, G]
+
+    Goals have no outgoing edges: Floyd and Warshall among the landmarks, then one hop. float64, as cut edges are
+    1e6 away from the differences that count.
+    """
+    n = len(edges)
+    edges = edges.double()
+    best = edges[:, :n].clone()
+    for k in range(n):
+        torch.maximum(best, best[:, k, None] + best[k], out=best)
+    return (best[:, :, None] + edges[None, :, n:]).amax(1)
+
+
+def soft_path_values(edges, heat: float, rounds: int = 20):
+    """The released search: 20 rounds of V_ij <- softmax average over k of V_ik + V_kj. [n, n + G] -> [n, G]
+
+    An average, not a maximum; its diagonal drifts below 0. Kept to reproduce.
+    """
+    n = len(edges)
+    inner, goals = edges[:, :n].double(), edges[:, n:].double()
+    for _ in range(rounds):
+        through = inner[:, :, None] + inner[None]  # [n, k, n]
+        to_goals = inner[:, :, None] + goals[None]  # [n, k, G]
+        to_goals = torch.cat([to_goals, goals[:, None]], 1)  # k may be the goal itself
+        inner = (torch.softmax(heat * through, 1) * through).sum(1)
+        goals = (torch.softmax(heat * to_goals, 1) * to_goals).sum(1)
+    return goals
+
+
+def choose_landmarks(values, direct, landmarks, goal, direct_value: float):
+    """Best landmark for each query, or the goal itself if it is near enough to go directly.
+
+    values [B, n] of the paths over each landmark, direct [B] edges to the goal, landmarks [n, D], goal [B, D].
+    """
+    chosen = landmarks[values.argmax(1)]  # the first wins ties
+    return torch.where((direct > direct_value)[:, None], goal, chosen)
+
+
+def shift_landmark(achieved, landmark, shift: float):
+    """Pseudo-landmark: `shift` metres from achieved towards the landmark (HIGL eq. 8). [B, D]"""
+    difference = landmark - achieved
+    return achieved + shift * difference / difference.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+
+@torch.no_grad()
+def plan_landmarks(worker: TD3, novelty: Novelty, buffer: ReplayBuffer, obs, goal, args: Args):
+    """The pseudo-landmark at which each manager's subgoal should aim. obs [B, obs_dim], goal [B, D] -> [B, D]"""
+    dims = goal.shape[-1]
+    pool = buffer.sample(args.coverage_pool).obs
+    coverage = pool[farthest_point_sample(pool[:, :dims], args.coverage_landmarks)]
+    landmark_obs = torch.cat([coverage, novelty.obs])  # [n, obs_dim]
+    landmarks = landmark_obs[:, :dims]
+    edges = clip_edges(edge_values(worker, landmark_obs, torch.cat([landmarks, goal])), args.edge_cutoff)
+    search = (
+        best_path_values(edges) if args.path_search == "exact" else soft_path_values(edges, args.path_heat)
+    )
+    to_landmarks = edge_values(worker, obs, landmarks)  # [B, n]
+    to_landmarks = torch.where(to_landmarks < args.edge_cutoff, to_landmarks - 1e6, to_landmarks)
+    subgoal = goal - obs[:, :dims]
+    direct = worker.critic(obs, subgoal, worker.actor(obs, subgoal)).amin(0)
+    landmark = choose_landmarks(to_landmarks + search.T, direct, landmarks, goal, args.direct_value)
+    return shift_landmark(obs[:, :dims], landmark, args.landmark_shift)
+
+
+# --------------------------------------------------------------------------------------------------- losses
+
+
+def adjacency_loss(adjacency: Adjacency, achieved, subgoal, args: Args):
+    """Hinge on the embedding distance between here and the subgoal (HRAC eq. 11). Gradient to the subgoal. []"""
+    margin = 0.5 * (args.adjacency_near + args.adjacency_far)
+    distance = embedding_distance(adjacency.embed(achieved), adjacency.embed(achieved + subgoal))
+    return F.relu(distance - margin).mean()
+
+
+def landmark_loss(adjacency: Adjacency, achieved, subgoal, target_landmark, args: Args):
+    """Distance of the subgoal's target from the pseudo-landmark, in x and y (ACLG) or embedded (HIGL eq. 9). []"""
+    target = achieved + subgoal
+    if args.landmark_space == "goal":
+        return (target_landmark - target).square().mean()
+    margin = 0.5 * (args.adjacency_near + args.adjacency_far)
+    distance = embedding_distance(adjacency.embed(target_landmark), adjacency.embed(target))
+    return F.relu(distance - margin).mean()
+
+
+def gradient_penalty(worker: TD3, dynamics: DynamicsEnsemble, obs, subgoal, args: Args) -> tuple:
+    """Hinge on the action gradient of the worker's critics (GCMR section IV-C). Returns penalty, bound, norms.
+
+    No Q function can change faster with the action than k = sqrt(A) L_r / (1 - gamma), where L_r is how fast the
+    reward changes with it, according to the model. obs [B, obs_dim], subgoal [B, D].
+    """
+    if args.gradient_penalty_form == "paper":
+        action = worker.actor(obs, subgoal).detach()
+    else:  # the released code: actions within +-1 (the ants' limit is 30)
+        obs = obs.repeat_interleave(args.gradient_penalty_copies, 0)
+        subgoal = subgoal.repeat_interleave(args.gradient_penalty_copies, 0)
+        action = 2 * torch.rand(len(obs), len(worker.limit), device=obs.device) - 1
+    return penalty_at(worker, dynamics, obs, subgoal, action, args)
+
+
+def penalty_at(worker: TD3, dynamics: DynamicsEnsemble, obs, subgoal, action, args: Args) -> tuple:
+    """gradient_penalty at given actions [B, A]."""
+    action = action.requires_grad_()
+    change = dynamics.sample_delta(obs, action)[:, : subgoal.shape[-1]]
+    reward = (change - subgoal).norm(dim=-1)
+    reward_slope = torch.autograd.grad(reward.sum(), action)[0].norm(dim=-1).amax()
+    bound = action.shape[-1] ** 0.5 / (1 - worker.gamma) * reward_slope
+    if args.gradient_penalty_form == "released":
+        bound = bound / len(action)
+    twin_action = action.detach().expand(2, *action.shape).requires_grad_()  # a leaf for each critic
+    q = worker.critic(obs.expand(2, *obs.shape), subgoal.expand(2, *subgoal.shape), twin_action)
+    slope = torch.autograd.grad(q.sum(), twin_action, create_graph=True)[0]  # [2, B, A]
+    norm = (slope.square().sum(-1) + 1e-12).sqrt()
+    return F.relu(norm - bound).square().sum(0).mean(), bound, norm.detach().mean()
+
+
+def rollout_planning_loss(manager: TD3, worker: TD3, dynamics: DynamicsEnsemble, obs, goal, args: Args):
+    """-Q of the manager after one step of the worker, by the model (GCMR section IV-D). Gradient to the worker. []
+
+    Each of the B observations meets several goals of the batch and several subgoals for each.
+    """
+    goals, subgoals = args.rollout_planning_goals, args.rollout_planning_subgoals
+    obs = obs.repeat_interleave(goals * subgoals, 0)
+    goal = goal.repeat(goals, 1)
+    goal = goal[torch.rand(len(goal), device=goal.device).argsort()].repeat_interleave(subgoals, 0)
+    with torch.no_grad():
+        subgoal = manager.actor(obs, goal)
+        subgoal = subgoal + args.candidate_noise * manager.limit * torch.randn_like(subgoal)
+        subgoal = subgoal.clamp(-manager.limit, manager.limit)
+        noise = torch.randn_like(subgoal) * manager.target_noise
+        noise = noise.clamp(-manager.target_noise_clip, manager.target_noise_clip)
+    return planning_value_loss(manager, worker, dynamics, obs, goal, subgoal, noise)
+
+
+def planning_value_loss(manager: TD3, worker: TD3, dynamics: DynamicsEnsemble, obs, goal, subgoal, noise):
+    """rollout_planning_loss at given subgoals [B, D] and noise of the next one."""
+    dims = subgoal.shape[-1]
+    next_obs = dynamics.predict_next(obs, worker.actor(obs, subgoal))
+    moved_subgoal = subgoal_transition(obs[:, :dims], subgoal, next_obs[:, :dims])
+    new_subgoal = (manager.actor(next_obs, goal) + noise).clamp(-manager.limit, manager.limit)
+    value = manager.critic(next_obs, goal, moved_subgoal).amin(0) + manager.critic(
+        next_obs, goal, new_subgoal
+    ).amin(0)
+    return -0.5 * value.mean()
+
+
+# -------------------------------------------------------------------------------------------------- updates
+
+
+class UpdateCounts:
+    """Which terms are due at the worker's next critic update. The model's terms count from its first training."""
+
+    def __init__(self):
+        self.critic = self.actor = self.critic_with_model = self.actor_with_model = 0
+
+    def next(self, model_trained: bool, args: Args) -> dict:
+        self.critic += 1
+        with_actor = self.critic % args.worker_actor_every == 0
+        due = {"with_actor": with_actor, "with_penalty": False, "with_planning": False}
+        if model_trained:
+            penalty_due = self.critic_with_model % args.gradient_penalty_every == 0
+            due["with_penalty"] = args.gradient_penalty_weight > 0 and penalty_due
+            self.critic_with_model += 1
+        if model_trained and with_actor:
+            planning_due = self.actor_with_model % args.rollout_planning_every == 0
+            due["with_planning"] = args.rollout_planning_weight > 0 and planning_due
+            self.actor_with_model += 1
+        self.actor += with_actor
+        return due
+
+    def state_dict(self) -> dict:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict):
+        vars(self).update(state)
+
+
+def update_worker(
+    worker: TD3,
+    manager: TD3,
+    dynamics: DynamicsEnsemble,
+    buffer: ReplayBuffer,
+    manager_buffer: ReplayBuffer,
+    args: Args,
+    with_actor: bool,
+    with_penalty: bool,
+    with_planning: bool,
+) -> dict:
+    """One update of the worker's critics; with_actor: its actor too."""
+    batch = buffer.sample(args.batch_size)
+    td_target = worker.td_target(batch.reward, batch.terminated, batch.next_obs, batch.next_subgoal)
+    critic_loss, q = worker.critic_loss(td_target, batch.obs, batch.subgoal, batch.action)
+    losses = {"worker/critic_loss": critic_loss, "worker/q": q}
+    if with_penalty:
+        penalty, bound, slope = gradient_penalty(worker, dynamics, batch.obs, batch.subgoal, args)
+        critic_loss = critic_loss + args.gradient_penalty_weight * penalty
+        losses |= {
+            "worker/gradient_penalty": penalty,
+            "worker/gradient_bound": bound,
+            "worker/gradient_norm": slope,
+        }
+    worker.critic_step(critic_loss)
+    worker.update_target_critic()
+    if with_actor:
+        action = worker.actor(batch.obs, batch.subgoal)
+        actor_loss = -worker.critic.q1(batch.obs, batch.subgoal, action).mean()
+        losses["worker/actor_loss"] = actor_loss
+        if with_planning:
+            start = manager_buffer.sample(args.batch_size)
+            planning = rollout_planning_loss(manager, worker, dynamics, start.obs_seq[:, 0], start.goal, args)
+            actor_loss = actor_loss + args.rollout_planning_weight * planning
+            losses["worker/planning_loss"] = planning
+        worker.actor_step(actor_loss)
+        worker.update_target_actor()
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def update_manager(
+    manager: TD3,
+    worker: TD3,
+    dynamics: DynamicsEnsemble,
+    adjacency: Adjacency,
+    novelty: Novelty,
+    buffer: ReplayBuffer,
+    worker_buffer: ReplayBuffer,
+    args: Args,
+    with_planner: bool,
+) -> dict:
+    """One update of the manager on relabeled segments: critics, plan, actor, targets."""
+    batch = buffer.sample(args.batch_size)
+    obs, next_obs = batch.obs_seq[:, 0], batch.obs_seq[:, -1]
+    relabeled = relabel_subgoals(worker, dynamics, batch, manager.limit, args)
+    td_target = manager.td_target(batch.reward, batch.terminated, next_obs, batch.goal)
+    critic_loss, q = manager.critic_loss(td_target, obs, batch.goal, relabeled)
+    manager.critic_step(critic_loss)
+    moved = relabeled - batch.subgoal
+    losses = {
+        "manager/critic_loss": critic_loss,
+        "manager/q": q,
+        "manager/relabeled_share": (moved != 0).any(-1).float().mean(),
+        "manager/relabeled_distance": moved[:, :2].norm(dim=-1).mean(),
+    }
+    subgoal = manager.actor(obs, batch.goal)
+    achieved = obs[:, : subgoal.shape[-1]]
+    actor_loss = -manager.critic.q1(obs, batch.goal, subgoal).mean()
+    losses["manager/actor_loss"] = actor_loss
+    if args.adjacency_weight > 0:
+        losses["manager/adjacency_loss"] = adjacency_loss(adjacency, achieved, subgoal, args)
+        actor_loss = actor_loss + args.adjacency_weight * losses["manager/adjacency_loss"]
+    if args.landmark_weight > 0:
+        target_landmark, weight = achieved, args.landmark_weight * args.landmark_weight_before_planner
+        if with_planner:
+            target_landmark = plan_landmarks(worker, novelty, worker_buffer, obs, batch.goal, args)
+            weight = args.landmark_weight
+        losses["manager/landmark_loss"] = landmark_loss(adjacency, achieved, subgoal, target_landmark, args)
+        actor_loss = actor_loss + weight * losses["manager/landmark_loss"]
+    manager.actor_step(actor_loss)
+    manager.update_target_critic()
+    manager.update_target_actor()
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+# ----------------------------------------------------------------------------------------------- evaluation
+
+
+def period_metrics(prefix: str, periods: list, reached_radius: float) -> dict:
+    """How well the worker follows. periods: a row per segment, x, y of start, subgoal, end (metres)."""
+    if not periods:
+        return {}
+    start, subgoal, end = np.split(np.asarray(periods, np.float64).reshape(-1, 6), 3, 1)
+    length, distance = np.linalg.norm(subgoal, axis=1), np.linalg.norm(start + subgoal - end, axis=1)
+    return {
+        f"{prefix}/progress": float((((end - start) * subgoal).sum(1) / np.maximum(length, 1e-9)).mean()),
+        f"{prefix}/subgoal_distance": float(distance.mean()),
+        f"{prefix}/subgoal_reached": float((distance < reached_radius).mean()),
+        f"{prefix}/subgoal_length": float(length.mean()),
+        f"{prefix}/subgoal_spread": float(subgoal.std(0).mean()),
+    }
+
+
+def split_observation(observation: dict):
+    """The environment's Dict observation -> (obs, goal) as float32."""
+    return observation["observation"].astype(np.float32), observation["desired_goal"].astype(np.float32)
+
+
+def evaluate(env, manager: TD3, worker: TD3, args: Args, seed: int) -> dict:
+    """Noise-free episodes at each evaluation goal, up to the time limit. Draws nothing from torch's generator.
+
+    success: inside the goal's radius at the last step; success_any: at any step. Papers differ in which.
+    """
+    goals = np.reshape(args.eval_goals, (-1, env.task.goal_dim)) if args.eval_goals else env.task.eval_goals
+    dims, metrics, periods, episodes = len(manager.limit), {}, [], []
+    for goal_index, episode in itertools.product(range(len(goals)), range(args.eval_episodes)):
+        options = {"goal": np.asarray(goals[goal_index], np.float64)}
+        observation, _ = env.reset(seed=seed + 1000 * goal_index + episode, options=options)
+        obs, goal = split_observation(observation)
+        success_any, episode_return, steps, episode_over = False, 0.0, 0, False
+        while not episode_over:
+            if steps % args.manager_period == 0:
+                start, subgoal = obs, manager.act(obs, goal, explore=False)
+                first_subgoal = subgoal
+            action = worker.act(obs, subgoal, explore=False)
+            observation, reward, terminated, truncated, info = env.step(action)
+            next_obs, _ = split_observation(observation)
+            subgoal = subgoal_transition(obs[:dims], subgoal, next_obs[:dims])
+            obs, steps, episode_over = next_obs, steps + 1, terminated or truncated
+            episode_return += reward
+            success_any |= bool(info["is_success"])
+            if steps % args.manager_period == 0 or episode_over:
+                periods.append([*start[:2], *first_subgoal[:2], *obs[:2]])
+        distance = np.linalg.norm((obs[: len(goal)] - goal)[:2])  # in x and y
+        episodes.append((goal_index, info["is_success"], success_any, episode_return, distance))
+    index, *columns = np.asarray(episodes, np.float64).T
+    for name, values in zip(("success", "success_any", "return", "final_distance"), columns):
+        metrics[f"eval/{name}"] = float(values.mean())
+        if len(goals) > 1:
+            metrics |= {f"eval/{name}_goal{i}": float(values[index == i].mean()) for i in range(len(goals))}
+    return metrics | period_metrics("eval", periods, args.reached_radius)
+
+
+# -------------------------------------------------------------------------------------- logs and checkpoints
+
+
+def describe_run(args: Args) -> dict:
+    """What is needed to repeat a run: arguments, command, versions, commit, machine."""
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=here)
+    packages = ("torch", "gymnasium", "mujoco", "numpy", "tyro")
+    return {
+        "script": SCRIPT,
+        "command": " ".join(["python", *sys.argv]),
+        "commit": git.stdout.strip() or "unknown",
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "args": dataclasses.asdict(args),
+    }
+
+
+def append_row(path: Path, row: dict):
+    """Add an evaluation to progress.csv, atomically. Rows of steps that a resumed run repeats are replaced."""
+    rows = []
+    if path.exists():
+        with open(path, newline="") as file:
+            rows = [old for old in csv.DictReader(file) if int(old["step"]) < row["step"]]
+    rows.append(row)
+    with open(path.with_suffix(".tmp"), "w", newline="") as file:
+        table = csv.DictWriter(file, list(dict.fromkeys(name for r in rows for name in r)), restval="")
+        table.writeheader()
+        table.writerows(rows)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def to_tensors(tree):
+    """Nested dicts and lists with their numpy arrays as tensors, which torch.load(weights_only=True) accepts."""
+    if isinstance(tree, dict):
+        return {name: to_tensors(value) for name, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [to_tensors(value) for value in tree]
+    return torch.from_numpy(tree.copy()) if isinstance(tree, np.ndarray) else tree
+
+
+def log_row(row: dict, run_dir: Path, writer: SummaryWriter, progress: tqdm):
+    """One evaluation to progress.csv, TensorBoard and the console."""
+    append_row(run_dir / "progress.csv", row)
+    for name, value in row.items():
+        writer.add_scalar(name, value, row["step"])
+    progress.set_postfix(success=row["eval/success"], refresh=False)
+    progress.write(
+        f"step {row['step']}: success {row['eval/success']:.2f} (any step {row['eval/success_any']:.2f}), "
+        f"return {row['eval/return']:.1f}, progress {row['eval/progress']:.2f} m, {row['steps_per_second']}/s"
+    )
+
+
+def check_finite(losses: dict, step: int, run_dir: Path) -> dict:
+    """Tensors -> numbers; a NaN or an infinity stops the run by name before anything is overwritten."""
+    numbers = {name: float(value) for name, value in losses.items()}
+    bad = [name for name, value in numbers.items() if not np.isfinite(value)]
+    if bad:
+        fail(f"{', '.join(bad)} is not finite at step {step}; the last good model is kept in {run_dir}")
+    return numbers
+
+
+def save_checkpoint(parts: dict, args: Args, path: Path, **more):
+    """Write beside the old file and rename, so that a crash or a full disk leaves the old one whole."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"script": SCRIPT, "format": FORMAT, "args": dataclasses.asdict(args)} | more
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {str(error).splitlines()[0]}; an older file there is untouched")
+
+
+def load_checkpoint(path: str) -> dict:
+    """Read a file of this script. weights_only: a stranger's file cannot run code."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"no checkpoint at {path}")
+    except Exception as error:  # every other failure means a damaged or foreign file
+        fail(f"{path} is not a checkpoint of this suite ({type(error).__name__})")
+    if not isinstance(state, dict) or state.get("script") != SCRIPT:
+        wrong = state.get("script", "something else") if isinstance(state, dict) else "something else"
+        fail(f"{path} was written by {wrong}, not by {SCRIPT}.py")
+    if state["format"] > FORMAT:
+        fail(f"{path} has format {state['format']}, this version reads up to {FORMAT}: update {SCRIPT}.py")
+    unknown = set(state["args"]) - {field.name for field in dataclasses.fields(Args)}
+    if unknown:
+        fail(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
+    return state
+
+
+def load_parts(parts: dict, state: dict, path: str):
+    """Fill the named parts from a checkpoint; other shapes mean another environment or other settings."""
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(state[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            fail(f"{path} does not fit these settings ({name}: {str(error).splitlines()[0]})")
+
+
+def freeze_run(step: int, loop: SimpleNamespace, env, device) -> dict:
+    """What networks and buffers do not hold: counters, the running episode, simulator, random generators."""
+    generators = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        generators["cuda"] = torch.cuda.get_rng_state(device)
+    return {"step": step, "generators": generators, "env": to_tensors(env.get_state())} | to_tensors(
+        vars(loop)
+    )
+
+
+@contextlib.contextmanager
+def fast_cpu_matmul(args: Args, device):
+    """oneDNN's float32 kernels for the updates: twice as fast as MKL's on AMD, slower for the one row of acting.
+
+    The setting's name promises less precision. That holds where the CPU has AMX units, so not used there.
+    """
+    if args.fast_matmul and device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
+        torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def load_run(path: str, parts: dict, env, device) -> tuple[int, SimpleNamespace]:
+    """Fill parts and env from a checkpoint.pt. Returns the first step to take and the state of the loop."""
+    state = load_checkpoint(path)
+    if "loop" not in state:
+        fail(f"{path} holds networks only; resume from a checkpoint.pt (--save-every)")
+    load_parts(parts, state, path)
+    loop = {name: value.numpy() if torch.is_tensor(value) else value for name, value in state["loop"].items()}
+    generators = loop.pop("generators")
+    random.setstate(generators["python"])
+    torch.set_rng_state(generators["torch"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(generators["cuda"], device)
+    env.reset()
+    env.set_state(loop.pop("env"))
+    return loop.pop("step") + 1, SimpleNamespace(**loop)
+
+
+# ----------------------------------------------------------------------------------------------------- main
+
+
+def make_agents(env, args: Args, device) -> tuple[TD3, TD3]:
+    """The two levels, for the sizes of this environment."""
+    obs_dim, goal_dim = env.observation_space["observation"].shape[0], env.task.goal_dim
+    half_range = torch.tensor(SUBGOAL_SPACES[args.subgoal_space], device=device)
+    limit = torch.tensor(args.action_limit or env.action_space.high.tolist(), device=device)
+    if len(half_range) > obs_dim:
+        fail(f"--subgoal-space {args.subgoal_space} needs obs of {len(half_range)}, {args.env} has {obs_dim}")
+    if len(limit) != env.action_space.shape[0]:
+        fail(f"--action-limit needs {env.action_space.shape[0]} numbers for {args.env}")
+    noise = (args.manager_noise, args.manager_target_noise, args.manager_target_noise_clip)
+    scale = torch.ones(obs_dim + goal_dim + len(half_range), device=device)
+    manager = TD3(scale, half_range, args.manager_gamma, noise, args)
+    noise = (args.worker_noise, args.worker_target_noise, args.worker_target_noise_clip)
+    scale = torch.ones(obs_dim + len(half_range) + len(limit), device=device)
+    if args.mask_xy:
+        scale[:2] = 0  # a walk is the same everywhere
+    if args.scale_worker_inputs:
+        scale[obs_dim:] = 1 / torch.cat([half_range, limit])
+    worker = TD3(scale, limit, args.worker_gamma, noise, args)
+    return manager, worker
+
+
+def make_buffers(env, args: Args, manager: TD3, worker: TD3, device) -> tuple:
+    """The worker's steps, the manager's segments, and the segment that is being recorded."""
+    obs_dim, goal_dim = env.observation_space["observation"].shape[0], env.task.goal_dim
+    dims, action_dim, period = len(manager.limit), len(worker.limit), args.manager_period
+    worker_shapes = dict(obs=(obs_dim,), subgoal=(dims,), action=(action_dim,), reward=())
+    worker_shapes |= dict(next_obs=(obs_dim,), next_subgoal=(dims,), terminated=())
+    manager_shapes = dict(obs_seq=(period + 1, obs_dim), action_seq=(period, action_dim), length=())
+    manager_shapes |= dict(goal=(goal_dim,), subgoal=(dims,), reward=(), terminated=())
+    worker_buffer = ReplayBuffer(args.worker_buffer, device, **worker_shapes)
+    manager_buffer = ReplayBuffer(args.manager_buffer, device, **manager_shapes)
+    return worker_buffer, manager_buffer, Segment(period, obs_dim, action_dim)
+
+
+def make_run_dir(args: Args) -> Path:
+    """The run's folder, with config.json in it."""
+    default = f"runs/{args.env}__{SCRIPT}__{args.variant}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.run_dir or (Path(args.resume).parent if args.resume else default))
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.json").write_text(json.dumps(describe_run(args), indent=2) + "\n")
+    except OSError as error:
+        fail(f"cannot write to {run_dir}: {error}; choose another --run-dir")
+    if args.track:
+        import wandb
+
+        wandb.init(project="hrl", name=run_dir.name, config=dataclasses.asdict(args), sync_tensorboard=True)
+    return run_dir
+
+
+def main(args: Args):
+    # ---- set up
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if args.device == "auto" else args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    env, eval_env = make_env(args.env, args.reward), make_env(args.env, args.reward, evaluate=True)
+    manager, worker = make_agents(env, args, device)
+    agents = {"manager": manager, "worker": worker}
+    eval_seed = 1_000_003 * (args.seed + 1)  # far from the seeds of training
+
+    if args.eval_only:
+        load_parts(agents, load_checkpoint(args.checkpoint), args.checkpoint)
+        for name, value in evaluate(eval_env, manager, worker, args, eval_seed).items():
+            print(f"{name:28s} {value:.4f}")
+        return
+
+    worker_buffer, manager_buffer, segment = make_buffers(env, args, manager, worker, device)
+    obs_dim = len(env.observation_space["observation"].low)
+    dynamics = DynamicsEnsemble(obs_dim, len(worker.limit), args).to(device)
+    adjacency = Adjacency(len(manager.limit), args).to(device)
+    novelty = Novelty(obs_dim, len(manager.limit)).to(device)
+    adam = dict(fused=True, capturable=device.type == "cuda")
+    dynamics_optimizer = torch.optim.Adam(dynamics.parameters(), args.dynamics_lr, **adam)
+    adjacency_optimizer = torch.optim.Adam(adjacency.parameters(), args.adjacency_lr, **adam)
+    novelty_optimizer = torch.optim.Adam(novelty.predictor.parameters(), args.novelty_lr, **adam)
+    needs_model = (
+        args.gradient_penalty_weight > 0 or args.rollout_planning_weight > 0 or args.model_relabeling
+    )
+    counts = UpdateCounts()
+    parts = agents | {"worker_buffer": worker_buffer, "manager_buffer": manager_buffer, "segment": segment}
+    parts |= {"dynamics": dynamics, "adjacency": adjacency, "novelty": novelty, "counts": counts}
+    parts |= {"dynamics_optimizer": dynamics_optimizer, "adjacency_optimizer": adjacency_optimizer}
+    parts |= {"novelty_optimizer": novelty_optimizer}
+    run_dir, period, dims = make_run_dir(args), args.manager_period, len(manager.limit)
+
+    # ---- start, or continue
+    if args.resume:
+        first_step, loop = load_run(args.resume, parts, env, device)
+    else:
+        first_step, loop = 1, SimpleNamespace(losses={}, seconds=0.0, periods=[], heights=[], flips=[])
+        loop.episode_steps = 0
+        loop.obs, loop.goal = split_observation(env.reset(seed=args.seed)[0])
+        loop.subgoal = loop.first_subgoal = manager.act(loop.obs, loop.goal, explore=True)
+        segment.start(loop.obs)
+    stop = []  # signals received
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, frame: stop.append(received))
+    writer = SummaryWriter(str(run_dir), purge_step=first_step)
+    progress = tqdm(total=args.total_steps, initial=first_step - 1, unit="step", mininterval=2, disable=None)
+    begin, last_time, last_step = time.time() - loop.seconds, time.time(), first_step - 1
+
+    for step in range(first_step, args.total_steps + 1):
+        # ---- act
+        obs, goal, subgoal = loop.obs, loop.goal, loop.subgoal
+        action = worker.act(obs, subgoal, explore=True)
+
+        # ---- learn from what the replay holds; a GPU does so while the CPU simulates the next step
+        updates = step - args.learning_starts
+        with fast_cpu_matmul(args, device):
+            with_penalty = dynamics.trained_at > 0 and args.gradient_penalty_weight > 0
+            repeat = args.worker_critic_updates_with_penalty if with_penalty else args.worker_critic_updates
+            for _ in range(repeat if updates > 0 else 0):
+                due = counts.next(dynamics.trained_at > 0, args)
+                loop.losses |= update_worker(
+                    worker, manager, dynamics, worker_buffer, manager_buffer, args, **due
+                )
+            if updates > 0 and updates % period == 0:
+                modules = (manager, worker, dynamics, adjacency, novelty)
+                with_planner = step >= args.planner_starts
+                loop.losses |= update_manager(*modules, manager_buffer, worker_buffer, args, with_planner)
+
+        # ---- step the environment
+        observation, reward, terminated, truncated, info = env.step(action)
+        next_obs, _ = split_observation(observation)
+        achieved, next_achieved, episode_over = obs[:dims], next_obs[:dims], terminated or truncated
+        next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
+        segment.add(action, reward, next_obs)
+
+        terminal = terminated or (truncated and args.time_limit_is_terminal)
+
+        # ---- close the segment
+        if segment.length == period or episode_over:
+            manager_buffer.add(
+                **segment.sequences(),
+                goal=goal,
+                subgoal=loop.first_subgoal,
+                reward=args.manager_reward_scale * segment.reward,
+                terminated=terminal,
+            )
+            xy_rows = (segment.obs_seq[0, :2], loop.first_subgoal[:2], next_obs[:2])
+            loop.periods.append(np.concatenate(xy_rows).tolist())
+            segment.start(next_obs)
+        # ---- store; easy to overlook: the subgoal that the worker acted on, together with its successor
+        worker_buffer.add(
+            obs=obs,
+            subgoal=subgoal,
+            action=action,
+            reward=args.worker_reward_scale * intrinsic_reward(achieved, subgoal, next_achieved),
+            next_obs=next_obs,
+            next_subgoal=next_subgoal,
+            terminated=terminal,
+        )
+        loop.episode_steps += 1
+        loop.obs, loop.subgoal = next_obs, next_subgoal
+        if (
+            segment.length == 0 and not episode_over
+        ):  # the worker's value keeps the old target, unlike in HIRO
+            loop.subgoal = loop.first_subgoal = manager.act(next_obs, goal, explore=True)
+        loop.heights.append(info["torso_height"])
+        loop.flips.append(info["upside_down"])
+
+        if episode_over:
+            # ---- at the end of an episode: novelty before its network learns, adjacency, dynamics, novelty network
+            with fast_cpu_matmul(args, device):
+                episode = worker_buffer.latest(loop.episode_steps)
+                states = torch.cat([episode.obs, episode.next_obs[-1:]])  # [T + 1, obs_dim]
+                if args.landmark_weight > 0:
+                    novelty.visit(states, args)
+                    updates = loop.episode_steps
+                    loop.losses |= train_novelty(novelty, novelty_optimizer, worker_buffer, args, updates)
+                if args.adjacency_weight > 0 or args.landmark_space == "adjacency":
+                    adjacency.add_trajectory(states[:, :dims].cpu().numpy())
+                    if adjacency.positions >= args.adjacency_every:
+                        loop.losses |= train_adjacency(adjacency, adjacency_optimizer, args)
+                due = step >= args.dynamics_starts and step - dynamics.trained_at >= args.dynamics_every
+                if needs_model and due:
+                    loop.losses |= train_dynamics(dynamics, dynamics_optimizer, worker_buffer, args, step)
+            loop.episode_steps = 0
+            loop.obs, loop.goal = split_observation(env.reset()[0])
+            loop.subgoal = loop.first_subgoal = manager.act(loop.obs, loop.goal, explore=True)
+            segment.start(loop.obs)
+
+        # ---- evaluate, log, save
+        progress.update()
+        if step % 1000 == 0:
+            check_finite(loop.losses, step, run_dir)
+        if step % args.eval_every == 0 or step == args.total_steps:
+            row = {"step": step, "time": round(time.time() - begin, 1)}
+            row["steps_per_second"] = round((step - last_step) / (time.time() - last_time), 1)
+            row |= evaluate(eval_env, manager, worker, args, eval_seed + step)
+            row |= period_metrics("worker", loop.periods, args.reached_radius)
+            row["worker/torso_height"] = float(np.mean(loop.heights))
+            row["worker/upside_down"] = float(np.mean(loop.flips))
+            row |= check_finite(loop.losses, step, run_dir)
+            log_row(row, run_dir, writer, progress)
+            save_checkpoint(agents, args, run_dir / "model.pt")
+            loop.periods, loop.heights, loop.flips = [], [], []
+            last_time, last_step = time.time(), step
+        if stop or (args.save_every and step % args.save_every == 0):
+            loop.seconds = time.time() - begin
+            save_checkpoint(parts, args, run_dir / "checkpoint.pt", loop=freeze_run(step, loop, env, device))
+        if stop:
+            progress.write(f"stopped at step {step}; continue with --resume {run_dir / 'checkpoint.pt'}")
+            break
+    progress.close()
+    writer.close()
+
+
+if __name__ == "__main__":
+    main(parse_args())

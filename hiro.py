@@ -1,0 +1,917 @@
+"""HIRO: data-efficient hierarchical RL (Nachum et al., NeurIPS 2018, https://arxiv.org/abs/1805.08296).
+
+    python hiro.py --env AntMaze-ULarge            # train
+    python hiro.py --env AntMaze-ULarge --help     # every setting, with the values for this environment
+
+Two TD3 agents. The manager sees the task's goal and hands out a subgoal, a wished-for change of the state,
+every `manager_period` steps. The worker sees only the subgoal and is paid for coming closer to it:
+
+    every manager_period steps:
+        subgoal = manager.actor(obs, goal) + noise
+    every step:
+        action = worker.actor(obs, subgoal) + noise
+        next_obs, reward = env.step(action)
+        worker's reward = -|achieved + subgoal - next_achieved|           intrinsic_reward
+        next_subgoal = achieved + subgoal - next_achieved                 subgoal_transition: the same target
+        update_worker: TD3 on (obs, subgoal, action, worker's reward, next_obs, next_subgoal)
+    every manager_period steps:
+        update_manager: TD3 on (obs, goal, relabeled subgoal, summed reward, obs one period later)
+        relabel_subgoals: the worker has changed since a segment was recorded, so its subgoal is replaced by
+        the candidate that best explains the recorded actions to the present worker (off-policy correction)
+"""
+
+import contextlib
+import csv
+import dataclasses
+import itertools
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common_envs import SPECS, make_env
+
+SCRIPT = Path(__file__).stem
+FORMAT = 1  # of checkpoints; raised when an older one could not be read any more
+
+# ------------------------------------------------------------------------------------------------ arguments
+
+# An integer that may be written as 7e5.
+Count = Annotated[
+    int,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: int(float(words[0])),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+
+
+@dataclass
+class Args:
+    # --- Experiment ---
+    env: str = "AntMaze-ULarge"  # id of the environment, a row of SPECS in common_envs.py
+    reward: str | None = None  # "dense" or "sparse"; None: the first that the environment has
+    seed: int = 1  # fixes Python, numpy, torch, environment and sampling
+    total_steps: Count = 10_000_000  # environment steps, counted from the start also after --resume
+    device: str = "auto"  # "auto": cuda if there is one, else cpu
+    threads: int = 0  # CPU threads of torch; 0: all cores (use 1 when several runs share a machine)
+    fast_matmul: bool = True  # on a CPU without AMX, oneDNN's float32 kernels for the updates; same precision
+    eval_every: Count = 5_000  # environment steps between evaluations
+    eval_episodes: int = 10  # noise-free episodes per evaluation goal
+    eval_goals: tuple[float, ...] = ()  # evaluation goals, coordinates in a row; empty: the environment's own
+    eval_only: bool = False  # evaluate --checkpoint and stop
+    checkpoint: str | None = None  # model.pt or checkpoint.pt of an earlier run, for --eval-only
+    save_every: Count = 0  # environment steps between checkpoints for --resume; 0: on SIGTERM or Ctrl-C only
+    resume: str | None = None  # checkpoint.pt to continue exactly where it stopped
+    run_dir: str | None = None  # this run's folder; None: runs/<env>__<script>__<variant>__<seed>__<time>
+    variant: str = "default"  # a name for this setting, used in the folder's name
+    track: bool = False  # log to Weights & Biases too (pip install wandb)
+
+    # --- Hierarchy (HIRO section 3) ---
+    manager_period: int = 10  # c, worker steps per subgoal
+    subgoal_space: Literal["full", "xyz", "xy"] = (
+        "full"  # which first entries of obs; "xy": as later papers do
+    )
+    mask_xy: bool = True  # hide obs entries 0, 1 (position) from the worker, as the released code does
+    manager_reward_scale: float = 0.1  # factor on the sum of environment rewards of a segment
+    relabeling: Literal["off_policy", "fun", "none"] = "off_policy"  # the correction and its two ablations
+    candidates: int = 10  # K, of which one is the stored subgoal and one the displacement
+    candidate_noise: float = 0.5  # std of the drawn candidates around the displacement, times half-range
+    fun_noise: float = 0.1  # the same for --relabeling fun, which draws one and takes it unseen
+
+    # --- TD3, both levels ---
+    hidden: int = 300  # units in each of the two hidden layers
+    output_init: float = 0.003  # output layers start uniform within this, biases at 0; 0: PyTorch's init
+    actor_lr: float = 1e-4  # Adam
+    critic_lr: float = 1e-3  # Adam
+    critic_weight_decay: float = 0.0  # Adam's L2 term
+    tau: float = 0.005  # step of the target networks
+    batch_size: int = 100  # rows per update
+    learning_starts: Count = 2_500  # first steps only collect, with the untrained noisy policies
+    worker_actor_every: int = 2  # critic updates per update of the worker's actor and targets
+    manager_actor_every: int = 2  # the same for the manager
+
+    # --- Worker ---
+    worker_gamma: float = 0.99  # discount per environment step
+    worker_noise: float = 1.0  # std of exploration noise, in units of the action (torques are within 30)
+    worker_target_noise: float = 0.2  # std of target policy smoothing, units of the action
+    worker_target_noise_clip: float = 0.5  # its bound
+    worker_buffer: Count = 200_000  # steps kept
+    action_limit: tuple[float, ...] = ()  # bounds of the worker's output; empty: the environment's
+    scale_worker_inputs: bool = False  # divide subgoal and action by their half-range before worker networks
+
+    # --- Manager ---
+    manager_gamma: float = 0.99  # discount per segment
+    manager_noise: float = 1.0  # std of exploration noise, units of the subgoal (metres for x and y)
+    manager_target_noise: float = 0.2  # std of target policy smoothing, units of the subgoal
+    manager_target_noise_clip: float = 0.5  # its bound
+    manager_buffer: Count = 200_000  # segments kept
+
+    # --- Diagnostics ---
+    reached_radius: float = 1.0  # m, a subgoal counts as reached when its period ends within this of it
+
+
+# Settings that differ from the defaults, with their source. Other environments use the defaults.
+PRESETS: dict[str, dict] = {
+    "PointMaze-U": {
+        "source": "HIRO's released point-maze settings: at most 0.25 rad per step, worker noise 0.1",
+        "subgoal_space": "xy",
+        "action_limit": (1.0, 0.25),
+        "worker_noise": 0.1,
+        "worker_target_noise": 0.02,
+        "worker_target_noise_clip": 0.05,
+        "total_steps": 500_000,
+    },
+    "AntMaze-U": {"source": "HIGL's length of training, else the paper's values", "total_steps": 1_000_000},
+}
+
+# Subgoals are about the first entries of obs: x, y, z, quaternion, then hip and ankle of four legs. Half-ranges
+# of HIRO appendix C.
+FULL = (10.0, 10.0, 0.5, 1.0, 1.0, 1.0, 1.0, 0.5, 0.3, 0.5, 0.3, 0.5, 0.3, 0.5, 0.3)
+SUBGOAL_SPACES = {"full": FULL, "xyz": FULL[:3], "xy": FULL[:2]}
+
+
+def fail(message: str):
+    """One clear line on stderr and a non-zero exit."""
+    raise SystemExit(f"{SCRIPT}.py: error: {message}")
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Defaults, then the settings of --env (or of the loaded checkpoint), then the flags."""
+
+    @dataclass
+    class First:
+        env: str | None = None
+        checkpoint: str | None = None
+        resume: str | None = None
+        eval_only: bool = False
+
+    first, _ = tyro.cli(First, args=argv, return_unknown_args=True, add_help=False)
+    if first.env not in (None, *SPECS):
+        fail(f"unknown --env {first.env}; known: {', '.join(SPECS)}")
+    if first.eval_only and first.checkpoint is None:
+        fail("--eval-only needs --checkpoint PATH")
+    if first.checkpoint is not None and not first.eval_only:
+        fail("--checkpoint is for --eval-only; to continue a run use --resume PATH")
+    saved = first.resume or first.checkpoint
+    if saved is not None:
+        settings = load_checkpoint(saved)["args"] | {"resume": None, "checkpoint": None, "run_dir": None}
+        source = f"read from {saved}"
+        if first.env is not None:
+            settings["env"] = first.env
+    else:
+        env = first.env or Args.env
+        preset = PRESETS.get(env, {})
+        settings = {"env": env} | {name: value for name, value in preset.items() if name != "source"}
+        source = preset.get("source", "the paper's values")
+    args = tyro.cli(
+        Args,
+        args=argv,
+        default=dataclasses.replace(Args(), **settings),
+        description=f"{__doc__.splitlines()[0]} Settings of {settings['env']}: {source}.",
+    )
+    check_args(args)
+    return args
+
+
+def check_args(args: Args):
+    """Refuse what makes no sense, with the reason."""
+    spec = SPECS[args.env]
+    if args.reward is not None and args.reward not in spec.rewards:
+        fail(f"--reward {args.reward}: {args.env} has {', '.join(spec.rewards)}")
+    positive = ("manager_period", "batch_size", "hidden", "worker_actor_every", "manager_actor_every")
+    for name in (*positive, "total_steps", "eval_every", "eval_episodes"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} must be at least 1")
+    if args.learning_starts < args.manager_period:
+        fail("--learning-starts must be at least --manager-period: the manager learns from whole segments")
+    if spec.goal_dim and len(args.eval_goals) % spec.goal_dim:
+        fail(f"--eval-goals needs a multiple of {spec.goal_dim} numbers for {args.env}")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        fail("--device cuda: torch sees no CUDA device here; use --device cpu")
+    if args.candidates < 3 and args.relabeling == "off_policy":
+        fail("--candidates must be at least 3: the stored subgoal, the displacement and one draw")
+
+
+# ------------------------------------------------------------------------------------------------- subgoals
+
+
+def subgoal_transition(achieved, subgoal, next_achieved):
+    """h(s, g, s') = s + g - s' (HIRO eq. 3): what is left to the same target, not clipped. [..., D]"""
+    return achieved + subgoal - next_achieved
+
+
+def intrinsic_reward(achieved, subgoal, next_achieved):
+    """r(s, g, s') = -|s + g - s'| (HIRO eq. 4), of the subgoal before the step. numpy, [..., D] -> [...]"""
+    return -np.sqrt(np.square(achieved + subgoal - next_achieved).sum(-1) + 1e-10)
+
+
+# ------------------------------------------------------------------------------------------------- networks
+
+
+class EnsembleLinear(nn.Module):
+    """`members` linear layers as one batched product: [members, B, fan_in] -> [members, B, fan_out]."""
+
+    def __init__(self, members: int, fan_in: int, fan_out: int):
+        super().__init__()
+        bound = fan_in**-0.5  # PyTorch's default for nn.Linear
+        self.weight = nn.Parameter(torch.empty(members, fan_in, fan_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, fan_out).uniform_(-bound, bound))
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias[:, None], x, self.weight)
+
+    def member(self, index: int, x):
+        """One member alone. [B, fan_in] -> [B, fan_out]"""
+        return torch.addmm(self.bias[index], x, self.weight[index])
+
+
+def init_output_(layers: list[nn.Module], bound: float):
+    """DDPG's start: all biases 0, the output layer within +-bound. bound 0 leaves PyTorch's init."""
+    if bound > 0:
+        for layer in layers:
+            nn.init.zeros_(layer.bias)
+        nn.init.uniform_(layers[-1].weight, -bound, bound)
+
+
+class Actor(nn.Module):
+    """(obs, goal) -> action within +-limit. The manager's action is a subgoal, the worker's a torque."""
+
+    def __init__(self, input_scale, limit, hidden: int, output_init: float):
+        super().__init__()
+        self.register_buffer("input_scale", input_scale)  # [obs_dim + goal_dim], 0 hides an entry
+        self.register_buffer("limit", limit)  # [action_dim]
+        sizes = [len(input_scale), hidden, hidden, len(limit)]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
+        init_output_(list(self.layers), output_init)
+
+    def forward(self, obs, goal):
+        x = torch.cat([obs, goal], -1) * self.input_scale
+        x = F.relu(self.layers[0](x))
+        x = F.relu(self.layers[1](x))
+        return self.limit * torch.tanh(self.layers[2](x))
+
+
+class Critic(nn.Module):
+    """Twin Q functions: (obs, goal, action) -> q [2, B]. Inputs [B, .] are shared, [2, B, .] one for each."""
+
+    def __init__(self, input_scale, hidden: int, output_init: float):
+        super().__init__()
+        self.register_buffer("input_scale", input_scale)  # [obs_dim + goal_dim + action_dim]
+        sizes = [len(input_scale), hidden, hidden, 1]
+        self.layers = nn.ModuleList(EnsembleLinear(2, a, b) for a, b in zip(sizes, sizes[1:]))
+        init_output_(list(self.layers), output_init)
+
+    def forward(self, obs, goal, action):
+        x = torch.cat([obs, goal, action], -1) * self.input_scale
+        x = F.relu(self.layers[0](x.expand(2, *x.shape[-2:])))
+        x = F.relu(self.layers[1](x))
+        return self.layers[2](x).squeeze(-1)
+
+    def q1(self, obs, goal, action):
+        """The first Q function alone, which the actor follows. [B]"""
+        x = torch.cat([obs, goal, action], -1) * self.input_scale
+        x = F.relu(self.layers[0].member(0, x))
+        x = F.relu(self.layers[1].member(0, x))
+        return self.layers[2].member(0, x).squeeze(-1)
+
+
+class TD3:
+    """One level of the hierarchy (Fujimoto et al. 2018). Only plumbing: what the methods differ in is below.
+
+    input_scale [obs_dim + goal_dim + action_dim] multiplies what the networks see, limit [action_dim] bounds
+    the action, noise = (exploration std, target smoothing std, its clip) in units of the action.
+    """
+
+    def __init__(self, input_scale, limit, gamma: float, noise: tuple, args: Args):
+        self.limit, self.gamma, self.tau = limit, gamma, args.tau
+        self.noise, self.target_noise, self.target_noise_clip = noise
+        size = dict(hidden=args.hidden, output_init=args.output_init)
+        self.actor, self.target_actor = (Actor(input_scale[: -len(limit)], limit, **size) for _ in range(2))
+        self.critic, self.target_critic = (Critic(input_scale, **size) for _ in range(2))
+        for net in (self.actor, self.target_actor, self.critic, self.target_critic):
+            net.to(limit.device)
+        self.target_actor.load_state_dict(self.actor.state_dict())
+        self.target_critic.load_state_dict(self.critic.state_dict())
+        self.actor_params, self.critic_params = list(self.actor.parameters()), list(self.critic.parameters())
+        self.target_actor_params = list(self.target_actor.requires_grad_(False).parameters())
+        self.target_critic_params = list(self.target_critic.requires_grad_(False).parameters())
+        adam = dict(fused=True, capturable=limit.is_cuda)
+        self.actor_optimizer = torch.optim.Adam(self.actor_params, args.actor_lr, **adam)
+        adam["weight_decay"] = args.critic_weight_decay
+        self.critic_optimizer = torch.optim.Adam(self.critic_params, args.critic_lr, **adam)
+
+    @torch.no_grad()
+    def act(self, obs, goal, explore: bool):
+        """Action for one observation, numpy in and out. explore adds Gaussian noise, clipped to the limit."""
+        obs, goal = (torch.as_tensor(x, device=self.limit.device)[None] for x in (obs, goal))
+        action = self.actor(obs, goal)[0]
+        if explore:
+            action = (action + torch.randn_like(action) * self.noise).clamp(-self.limit, self.limit)
+        return action.cpu().numpy()
+
+    @torch.no_grad()
+    def td_target(self, reward, terminated, next_obs, next_goal):
+        """y = r + gamma min(Q1', Q2')(s', smoothed target action) [B]. A time limit is not terminal."""
+        next_action = self.target_actor(next_obs, next_goal)
+        noise = torch.randn_like(next_action) * self.target_noise
+        next_action = next_action + noise.clamp(-self.target_noise_clip, self.target_noise_clip)
+        next_q = self.target_critic(next_obs, next_goal, next_action.clamp(-self.limit, self.limit)).amin(0)
+        return reward + self.gamma * (1 - terminated) * next_q
+
+    def critic_loss(self, td_target, obs, goal, action):
+        """Huber loss of both critics, summed, and the mean Q for the log."""
+        q = self.critic(obs, goal, action)  # [2, B]
+        return F.smooth_l1_loss(q, td_target.expand_as(q), reduction="none").mean(1).sum(), q.detach().mean()
+
+    def critic_step(self, loss):
+        """One Adam step of both critics on any loss."""
+        for param, grad in zip(self.critic_params, torch.autograd.grad(loss, self.critic_params)):
+            param.grad = grad
+        self.critic_optimizer.step()
+
+    def actor_step(self, loss):
+        """One Adam step of the actor on any loss; no other network's gradient is touched."""
+        for param, grad in zip(self.actor_params, torch.autograd.grad(loss, self.actor_params)):
+            param.grad = grad
+        self.actor_optimizer.step()
+
+    @torch.no_grad()
+    def update_target_critic(self):
+        """Polyak step of the target network: target += tau (online - target)."""
+        torch._foreach_lerp_(self.target_critic_params, self.critic_params, self.tau)
+
+    @torch.no_grad()
+    def update_target_actor(self):
+        torch._foreach_lerp_(self.target_actor_params, self.actor_params, self.tau)
+
+    def state_dict(self) -> dict:
+        parts = ("actor", "target_actor", "critic", "target_critic", "actor_optimizer", "critic_optimizer")
+        return {name: getattr(self, name).state_dict() for name in parts}
+
+    def load_state_dict(self, state: dict):
+        for name, part in state.items():
+            getattr(self, name).load_state_dict(part)
+
+
+# --------------------------------------------------------------------------------------------------- replay
+
+
+class ReplayBuffer:
+    """Ring buffer of named fields. A float32 row per entry: adding is one copy, sampling one index_select."""
+
+    def __init__(self, capacity: int, device, **shapes: tuple[int, ...]):
+        self.shapes, self.sizes = shapes, [int(np.prod(shape)) for shape in shapes.values()]
+        self.rows = torch.zeros(capacity, sum(self.sizes), device=device)
+        self.added = 0  # entries ever added
+        self.size = torch.zeros(
+            (), device=device
+        )  # filled rows, on the device: sampling does not ask the host
+
+    def __len__(self) -> int:
+        return min(self.added, len(self.rows))
+
+    def add(self, **fields):
+        row = np.concatenate([np.ravel(fields[name]) for name in self.shapes]).astype(np.float32, copy=False)
+        self.rows[self.added % len(self.rows)].copy_(torch.from_numpy(row), non_blocking=True)
+        self.added += 1
+        self.size.fill_(len(self))
+
+    def sample(self, count: int) -> SimpleNamespace:
+        """count entries, uniformly with replacement; each field [count, *shape]."""
+        index = (torch.rand(count, device=self.rows.device, dtype=torch.float64) * self.size).long()
+        return self.unpack(self.rows.index_select(0, index))
+
+    def unpack(self, rows) -> SimpleNamespace:
+        """Rows [n, row size] -> their fields as views, [n, *shape]."""
+        columns = rows.split(self.sizes, -1)
+        return SimpleNamespace(**{n: c.reshape(-1, *s) for (n, s), c in zip(self.shapes.items(), columns)})
+
+    def state_dict(self) -> dict:
+        return {"rows": self.rows[: len(self)], "added": self.added}
+
+    def load_state_dict(self, state: dict):
+        self.rows[: len(state["rows"])] = state["rows"]
+        self.added = state["added"]
+        self.size.fill_(len(self))
+
+
+class Segment:
+    """The steps between two decisions of the manager, padded to a whole period if the episode ends."""
+
+    def __init__(self, period: int, obs_dim: int, action_dim: int):
+        self.obs_seq = np.zeros((period + 1, obs_dim), np.float32)
+        self.action_seq = np.zeros((period, action_dim), np.float32)
+        self.length, self.reward = 0, 0.0
+
+    def start(self, obs):
+        self.obs_seq[:], self.action_seq[:] = obs, 0
+        self.length, self.reward = 0, 0.0
+
+    def add(self, action, reward: float, next_obs):
+        self.action_seq[self.length] = action
+        self.length += 1
+        self.obs_seq[self.length :] = next_obs  # the last entry is the true end also of a short segment
+        self.reward += reward
+
+    def sequences(self) -> dict:
+        return {"obs_seq": self.obs_seq, "action_seq": self.action_seq, "length": self.length}
+
+    def state_dict(self) -> dict:
+        return to_tensors(vars(self))
+
+    def load_state_dict(self, state: dict):
+        for name, value in state.items():
+            setattr(self, name, value.numpy().copy() if torch.is_tensor(value) else value)
+
+
+# ----------------------------------------------------------------------------------------------- relabeling
+
+
+def make_candidates(subgoal, displacement, half_range, args: Args):
+    """K subgoals that may explain a segment: draws around its displacement, that itself, the stored subgoal.
+
+    subgoal, displacement [B, D] -> [B, K, D], all clipped to the half-range (HIRO section 3.3).
+    """
+    batch, dims = subgoal.shape
+    noise = torch.randn(batch, args.candidates - 2, dims, device=subgoal.device)
+    draws = displacement[:, None] + args.candidate_noise * half_range * noise
+    candidates = torch.cat([draws, displacement[:, None], subgoal[:, None]], 1)
+    return candidates.clamp(-half_range, half_range)
+
+
+def score_candidates(worker: TD3, candidates, batch):
+    """Log-likelihood of the recorded actions under each candidate (HIRO eq. 5). [B, K, D] -> [B, K]
+
+    -1/2 sum_i |a_i - mu(s_i, g_i)|^2 in units of the action's limit; g_i follows the subgoal transition.
+    """
+    dims, period = candidates.shape[-1], batch.action_seq.shape[1]
+    achieved_seq = batch.obs_seq[..., :dims]  # [B, c+1, D]
+    moved = (achieved_seq[:, :1] - achieved_seq[:, :-1])[:, None]  # [B, 1, c, D]
+    subgoals = candidates[:, :, None] + moved  # [B, K, c, D], not clipped
+    obs = batch.obs_seq[:, None, :-1].expand(*subgoals.shape[:-1], -1)  # [B, K, c, obs_dim]
+    error = (batch.action_seq[:, None] - worker.actor(obs, subgoals)) / worker.limit  # [B, K, c, A]
+    # easy to overlook: a segment that the end of an episode cut short counts only its own steps
+    valid = torch.arange(period, device=obs.device) < batch.length[:, None]  # [B, c]
+    return -0.5 * (error.square().sum(-1) * valid[:, None]).sum(-1)
+
+
+@torch.no_grad()
+def relabel_subgoals(worker: TD3, batch, half_range, args: Args):
+    """The subgoals with which to train the manager on old segments [B, D]; the replay stays as it is."""
+    if args.relabeling == "none":
+        return batch.subgoal
+    dims = batch.subgoal.shape[-1]
+    displacement = batch.obs_seq[:, -1, :dims] - batch.obs_seq[:, 0, :dims]
+    if args.relabeling == "fun":  # HIRO's ablation after FeUdal networks: one draw, not scored, not clipped
+        return displacement + torch.randn_like(displacement) * (args.fun_noise * half_range)
+    candidates = make_candidates(batch.subgoal, displacement, half_range, args)
+    best = score_candidates(worker, candidates, batch).argmax(1)  # the first wins ties
+    return candidates[torch.arange(len(best), device=best.device), best]
+
+
+# -------------------------------------------------------------------------------------------------- updates
+
+
+def update_worker(worker: TD3, buffer: ReplayBuffer, args: Args, with_actor: bool) -> dict:
+    """One TD3 update of the worker; with_actor: its actor and the targets too."""
+    batch = buffer.sample(args.batch_size)
+    td_target = worker.td_target(batch.reward, batch.terminated, batch.next_obs, batch.next_subgoal)
+    critic_loss, q = worker.critic_loss(td_target, batch.obs, batch.subgoal, batch.action)
+    worker.critic_step(critic_loss)
+    losses = {"worker/critic_loss": critic_loss, "worker/q": q}
+    if with_actor:
+        action = worker.actor(batch.obs, batch.subgoal)
+        actor_loss = -worker.critic.q1(batch.obs, batch.subgoal, action).mean()
+        worker.actor_step(actor_loss)
+        worker.update_target_critic()
+        worker.update_target_actor()
+        losses["worker/actor_loss"] = actor_loss
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def update_manager(manager: TD3, worker: TD3, buffer: ReplayBuffer, args: Args, with_actor: bool) -> dict:
+    """One TD3 update of the manager on relabeled segments; with_actor: its actor and the targets too."""
+    batch = buffer.sample(args.batch_size)
+    obs, next_obs = batch.obs_seq[:, 0], batch.obs_seq[:, -1]
+    relabeled = relabel_subgoals(worker, batch, manager.limit, args)
+    td_target = manager.td_target(batch.reward, batch.terminated, next_obs, batch.goal)
+    critic_loss, q = manager.critic_loss(td_target, obs, batch.goal, relabeled)
+    manager.critic_step(critic_loss)
+    moved = relabeled - batch.subgoal
+    losses = {
+        "manager/critic_loss": critic_loss,
+        "manager/q": q,
+        "manager/relabeled_share": (moved != 0).any(-1).float().mean(),
+        "manager/relabeled_distance": moved[:, :2].norm(dim=-1).mean(),
+    }
+    if with_actor:
+        subgoal = manager.actor(obs, batch.goal)
+        actor_loss = -manager.critic.q1(obs, batch.goal, subgoal).mean()
+        manager.actor_step(actor_loss)
+        manager.update_target_critic()
+        manager.update_target_actor()
+        losses["manager/actor_loss"] = actor_loss
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+# ----------------------------------------------------------------------------------------------- evaluation
+
+
+def period_metrics(prefix: str, periods: list, reached_radius: float) -> dict:
+    """How well the worker follows. periods: a row per segment, x, y of start, subgoal, end (metres)."""
+    if not periods:
+        return {}
+    start, subgoal, end = np.split(np.asarray(periods, np.float64).reshape(-1, 6), 3, 1)
+    length, distance = np.linalg.norm(subgoal, axis=1), np.linalg.norm(start + subgoal - end, axis=1)
+    return {
+        f"{prefix}/progress": float((((end - start) * subgoal).sum(1) / np.maximum(length, 1e-9)).mean()),
+        f"{prefix}/subgoal_distance": float(distance.mean()),
+        f"{prefix}/subgoal_reached": float((distance < reached_radius).mean()),
+        f"{prefix}/subgoal_length": float(length.mean()),
+        f"{prefix}/subgoal_spread": float(subgoal.std(0).mean()),
+    }
+
+
+def split_observation(observation: dict):
+    """The environment's Dict observation -> (obs, goal) as float32."""
+    return observation["observation"].astype(np.float32), observation["desired_goal"].astype(np.float32)
+
+
+def evaluate(env, manager: TD3, worker: TD3, args: Args, seed: int) -> dict:
+    """Noise-free episodes at each evaluation goal, up to the time limit. Draws nothing from torch's generator.
+
+    success: inside the goal's radius at the last step; success_any: at any step. Papers differ in which.
+    """
+    goals = np.reshape(args.eval_goals, (-1, env.task.goal_dim)) if args.eval_goals else env.task.eval_goals
+    dims, metrics, periods, episodes = len(manager.limit), {}, [], []
+    for goal_index, episode in itertools.product(range(len(goals)), range(args.eval_episodes)):
+        options = {"goal": np.asarray(goals[goal_index], np.float64)}
+        observation, _ = env.reset(seed=seed + 1000 * goal_index + episode, options=options)
+        obs, goal = split_observation(observation)
+        success_any, episode_return, steps, episode_over = False, 0.0, 0, False
+        while not episode_over:
+            if steps % args.manager_period == 0:
+                start, subgoal = obs, manager.act(obs, goal, explore=False)
+                first_subgoal = subgoal
+            action = worker.act(obs, subgoal, explore=False)
+            observation, reward, terminated, truncated, info = env.step(action)
+            next_obs, _ = split_observation(observation)
+            subgoal = subgoal_transition(obs[:dims], subgoal, next_obs[:dims])
+            obs, steps, episode_over = next_obs, steps + 1, terminated or truncated
+            episode_return += reward
+            success_any |= bool(info["is_success"])
+            if steps % args.manager_period == 0 or episode_over:
+                periods.append([*start[:2], *first_subgoal[:2], *obs[:2]])
+        distance = np.linalg.norm((obs[: len(goal)] - goal)[:2])  # in x and y
+        episodes.append((goal_index, info["is_success"], success_any, episode_return, distance))
+    index, *columns = np.asarray(episodes, np.float64).T
+    for name, values in zip(("success", "success_any", "return", "final_distance"), columns):
+        metrics[f"eval/{name}"] = float(values.mean())
+        if len(goals) > 1:
+            metrics |= {f"eval/{name}_goal{i}": float(values[index == i].mean()) for i in range(len(goals))}
+    return metrics | period_metrics("eval", periods, args.reached_radius)
+
+
+# -------------------------------------------------------------------------------------- logs and checkpoints
+
+
+def describe_run(args: Args) -> dict:
+    """What is needed to repeat a run: arguments, command, versions, commit, machine."""
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=here)
+    packages = ("torch", "gymnasium", "mujoco", "numpy", "tyro")
+    return {
+        "script": SCRIPT,
+        "command": " ".join(["python", *sys.argv]),
+        "commit": git.stdout.strip() or "unknown",
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "args": dataclasses.asdict(args),
+    }
+
+
+def append_row(path: Path, row: dict):
+    """Add an evaluation to progress.csv, atomically. Rows of steps that a resumed run repeats are replaced."""
+    rows = []
+    if path.exists():
+        with open(path, newline="") as file:
+            rows = [old for old in csv.DictReader(file) if int(old["step"]) < row["step"]]
+    rows.append(row)
+    with open(path.with_suffix(".tmp"), "w", newline="") as file:
+        table = csv.DictWriter(file, list(dict.fromkeys(name for r in rows for name in r)), restval="")
+        table.writeheader()
+        table.writerows(rows)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def to_tensors(tree):
+    """Nested dicts and lists with their numpy arrays as tensors, which torch.load(weights_only=True) accepts."""
+    if isinstance(tree, dict):
+        return {name: to_tensors(value) for name, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [to_tensors(value) for value in tree]
+    return torch.from_numpy(tree.copy()) if isinstance(tree, np.ndarray) else tree
+
+
+def log_row(row: dict, run_dir: Path, writer: SummaryWriter, progress: tqdm):
+    """One evaluation to progress.csv, TensorBoard and the console."""
+    append_row(run_dir / "progress.csv", row)
+    for name, value in row.items():
+        writer.add_scalar(name, value, row["step"])
+    progress.set_postfix(success=row["eval/success"], refresh=False)
+    progress.write(
+        f"step {row['step']}: success {row['eval/success']:.2f} (any step {row['eval/success_any']:.2f}), "
+        f"return {row['eval/return']:.1f}, progress {row['eval/progress']:.2f} m, {row['steps_per_second']}/s"
+    )
+
+
+def check_finite(losses: dict, step: int, run_dir: Path) -> dict:
+    """Tensors -> numbers; a NaN or an infinity stops the run by name before anything is overwritten."""
+    numbers = {name: float(value) for name, value in losses.items()}
+    bad = [name for name, value in numbers.items() if not np.isfinite(value)]
+    if bad:
+        fail(f"{', '.join(bad)} is not finite at step {step}; the last good model is kept in {run_dir}")
+    return numbers
+
+
+def save_checkpoint(parts: dict, args: Args, path: Path, **more):
+    """Write beside the old file and rename, so that a crash or a full disk leaves the old one whole."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"script": SCRIPT, "format": FORMAT, "args": dataclasses.asdict(args)} | more
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {str(error).splitlines()[0]}; an older file there is untouched")
+
+
+def load_checkpoint(path: str) -> dict:
+    """Read a file of this script. weights_only: a stranger's file cannot run code."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"no checkpoint at {path}")
+    except Exception as error:  # every other failure means a damaged or foreign file
+        fail(f"{path} is not a checkpoint of this suite ({type(error).__name__})")
+    if not isinstance(state, dict) or state.get("script") != SCRIPT:
+        wrong = state.get("script", "something else") if isinstance(state, dict) else "something else"
+        fail(f"{path} was written by {wrong}, not by {SCRIPT}.py")
+    if state["format"] > FORMAT:
+        fail(f"{path} has format {state['format']}, this version reads up to {FORMAT}: update {SCRIPT}.py")
+    unknown = set(state["args"]) - {field.name for field in dataclasses.fields(Args)}
+    if unknown:
+        fail(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
+    return state
+
+
+def load_parts(parts: dict, state: dict, path: str):
+    """Fill the named parts from a checkpoint; other shapes mean another environment or other settings."""
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(state[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            fail(f"{path} does not fit these settings ({name}: {str(error).splitlines()[0]})")
+
+
+def freeze_run(step: int, loop: SimpleNamespace, env, device) -> dict:
+    """What networks and buffers do not hold: counters, the running episode, simulator, random generators."""
+    generators = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        generators["cuda"] = torch.cuda.get_rng_state(device)
+    return {"step": step, "generators": generators, "env": to_tensors(env.get_state())} | to_tensors(
+        vars(loop)
+    )
+
+
+@contextlib.contextmanager
+def fast_cpu_matmul(args: Args, device):
+    """oneDNN's float32 kernels for the updates: twice as fast as MKL's on AMD, slower for the one row of acting.
+
+    The setting's name promises less precision. That holds where the CPU has AMX units, so not used there.
+    """
+    if args.fast_matmul and device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
+        torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def load_run(path: str, parts: dict, env, device) -> tuple[int, SimpleNamespace]:
+    """Fill parts and env from a checkpoint.pt. Returns the first step to take and the state of the loop."""
+    state = load_checkpoint(path)
+    if "loop" not in state:
+        fail(f"{path} holds networks only; resume from a checkpoint.pt (--save-every)")
+    load_parts(parts, state, path)
+    loop = {name: value.numpy() if torch.is_tensor(value) else value for name, value in state["loop"].items()}
+    generators = loop.pop("generators")
+    random.setstate(generators["python"])
+    torch.set_rng_state(generators["torch"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(generators["cuda"], device)
+    env.reset()
+    env.set_state(loop.pop("env"))
+    return loop.pop("step") + 1, SimpleNamespace(**loop)
+
+
+# ----------------------------------------------------------------------------------------------------- main
+
+
+def make_agents(env, args: Args, device) -> tuple[TD3, TD3]:
+    """The two levels, for the sizes of this environment."""
+    obs_dim, goal_dim = env.observation_space["observation"].shape[0], env.task.goal_dim
+    half_range = torch.tensor(SUBGOAL_SPACES[args.subgoal_space], device=device)
+    limit = torch.tensor(args.action_limit or env.action_space.high.tolist(), device=device)
+    if len(half_range) > obs_dim:
+        fail(f"--subgoal-space {args.subgoal_space} needs obs of {len(half_range)}, {args.env} has {obs_dim}")
+    if len(limit) != env.action_space.shape[0]:
+        fail(f"--action-limit needs {env.action_space.shape[0]} numbers for {args.env}")
+    noise = (args.manager_noise, args.manager_target_noise, args.manager_target_noise_clip)
+    scale = torch.ones(obs_dim + goal_dim + len(half_range), device=device)
+    manager = TD3(scale, half_range, args.manager_gamma, noise, args)
+    noise = (args.worker_noise, args.worker_target_noise, args.worker_target_noise_clip)
+    scale = torch.ones(obs_dim + len(half_range) + len(limit), device=device)
+    if args.mask_xy:
+        scale[:2] = 0  # a walk is the same everywhere
+    if args.scale_worker_inputs:
+        scale[obs_dim:] = 1 / torch.cat([half_range, limit])
+    worker = TD3(scale, limit, args.worker_gamma, noise, args)
+    return manager, worker
+
+
+def make_buffers(env, args: Args, manager: TD3, worker: TD3, device) -> tuple:
+    """The worker's steps, the manager's segments, and the segment that is being recorded."""
+    obs_dim, goal_dim = env.observation_space["observation"].shape[0], env.task.goal_dim
+    dims, action_dim, period = len(manager.limit), len(worker.limit), args.manager_period
+    worker_shapes = dict(obs=(obs_dim,), subgoal=(dims,), action=(action_dim,), reward=())
+    worker_shapes |= dict(next_obs=(obs_dim,), next_subgoal=(dims,), terminated=())
+    manager_shapes = dict(obs_seq=(period + 1, obs_dim), action_seq=(period, action_dim), length=())
+    manager_shapes |= dict(goal=(goal_dim,), subgoal=(dims,), reward=(), terminated=())
+    worker_buffer = ReplayBuffer(args.worker_buffer, device, **worker_shapes)
+    manager_buffer = ReplayBuffer(args.manager_buffer, device, **manager_shapes)
+    return worker_buffer, manager_buffer, Segment(period, obs_dim, action_dim)
+
+
+def make_run_dir(args: Args) -> Path:
+    """The run's folder, with config.json in it."""
+    default = f"runs/{args.env}__{SCRIPT}__{args.variant}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.run_dir or (Path(args.resume).parent if args.resume else default))
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.json").write_text(json.dumps(describe_run(args), indent=2) + "\n")
+    except OSError as error:
+        fail(f"cannot write to {run_dir}: {error}; choose another --run-dir")
+    if args.track:
+        import wandb
+
+        wandb.init(project="hrl", name=run_dir.name, config=dataclasses.asdict(args), sync_tensorboard=True)
+    return run_dir
+
+
+def main(args: Args):
+    # ---- set up
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if args.device == "auto" else args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    env, eval_env = make_env(args.env, args.reward), make_env(args.env, args.reward, evaluate=True)
+    manager, worker = make_agents(env, args, device)
+    agents = {"manager": manager, "worker": worker}
+    eval_seed = 1_000_003 * (args.seed + 1)  # far from the seeds of training
+
+    if args.eval_only:
+        load_parts(agents, load_checkpoint(args.checkpoint), args.checkpoint)
+        for name, value in evaluate(eval_env, manager, worker, args, eval_seed).items():
+            print(f"{name:28s} {value:.4f}")
+        return
+
+    worker_buffer, manager_buffer, segment = make_buffers(env, args, manager, worker, device)
+    parts = agents | {"worker_buffer": worker_buffer, "manager_buffer": manager_buffer, "segment": segment}
+    run_dir, period, dims = make_run_dir(args), args.manager_period, len(manager.limit)
+
+    # ---- start, or continue
+    if args.resume:
+        first_step, loop = load_run(args.resume, parts, env, device)
+    else:
+        first_step, loop = 1, SimpleNamespace(losses={}, seconds=0.0, periods=[], heights=[], flips=[])
+        loop.obs, loop.goal = split_observation(env.reset(seed=args.seed)[0])
+        loop.subgoal = loop.first_subgoal = manager.act(loop.obs, loop.goal, explore=True)
+        segment.start(loop.obs)
+    stop = []  # signals received
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, frame: stop.append(received))
+    writer = SummaryWriter(str(run_dir), purge_step=first_step)
+    progress = tqdm(total=args.total_steps, initial=first_step - 1, unit="step", mininterval=2, disable=None)
+    begin, last_time, last_step = time.time() - loop.seconds, time.time(), first_step - 1
+
+    for step in range(first_step, args.total_steps + 1):
+        # ---- act
+        obs, goal, subgoal = loop.obs, loop.goal, loop.subgoal
+        action = worker.act(obs, subgoal, explore=True)
+
+        # ---- learn from what the replay holds; a GPU does so while the CPU simulates the next step
+        updates = step - args.learning_starts
+        with fast_cpu_matmul(args, device):
+            if updates > 0:
+                with_actor = updates % args.worker_actor_every == 0
+                loop.losses |= update_worker(worker, worker_buffer, args, with_actor)
+            if updates > 0 and updates % period == 0:
+                with_actor = updates % (period * args.manager_actor_every) == 0
+                loop.losses |= update_manager(manager, worker, manager_buffer, args, with_actor)
+
+        # ---- step the environment
+        observation, reward, terminated, truncated, info = env.step(action)
+        next_obs, _ = split_observation(observation)
+        achieved, next_achieved, episode_over = obs[:dims], next_obs[:dims], terminated or truncated
+        next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
+        segment.add(action, reward, next_obs)
+
+        # ---- close the segment
+        if segment.length == period or episode_over:
+            manager_buffer.add(
+                **segment.sequences(),
+                goal=goal,
+                subgoal=loop.first_subgoal,
+                reward=args.manager_reward_scale * segment.reward,
+                terminated=terminated,
+            )
+            xy_rows = (segment.obs_seq[0, :2], loop.first_subgoal[:2], next_obs[:2])
+            loop.periods.append(np.concatenate(xy_rows).tolist())
+            segment.start(next_obs)
+            if not episode_over:  # as in the released code, the worker's value looks into the next period
+                next_subgoal = loop.first_subgoal = manager.act(next_obs, goal, explore=True)
+
+        # ---- store; easy to overlook: the subgoal that the worker acted on, together with its successor
+        worker_buffer.add(
+            obs=obs,
+            subgoal=subgoal,
+            action=action,
+            reward=intrinsic_reward(achieved, subgoal, next_achieved),
+            next_obs=next_obs,
+            next_subgoal=next_subgoal,
+            terminated=terminated,
+        )
+        loop.obs, loop.subgoal = next_obs, next_subgoal
+        loop.heights.append(info["torso_height"])
+        loop.flips.append(info["upside_down"])
+
+        if episode_over:
+            loop.obs, loop.goal = split_observation(env.reset()[0])
+            loop.subgoal = loop.first_subgoal = manager.act(loop.obs, loop.goal, explore=True)
+            segment.start(loop.obs)
+
+        # ---- evaluate, log, save
+        progress.update()
+        if step % 1000 == 0:
+            check_finite(loop.losses, step, run_dir)
+        if step % args.eval_every == 0 or step == args.total_steps:
+            row = {"step": step, "time": round(time.time() - begin, 1)}
+            row["steps_per_second"] = round((step - last_step) / (time.time() - last_time), 1)
+            row |= evaluate(eval_env, manager, worker, args, eval_seed + step)
+            row |= period_metrics("worker", loop.periods, args.reached_radius)
+            row["worker/torso_height"] = float(np.mean(loop.heights))
+            row["worker/upside_down"] = float(np.mean(loop.flips))
+            row |= check_finite(loop.losses, step, run_dir)
+            log_row(row, run_dir, writer, progress)
+            save_checkpoint(agents, args, run_dir / "model.pt")
+            loop.periods, loop.heights, loop.flips = [], [], []
+            last_time, last_step = time.time(), step
+        if stop or (args.save_every and step % args.save_every == 0):
+            loop.seconds = time.time() - begin
+            save_checkpoint(parts, args, run_dir / "checkpoint.pt", loop=freeze_run(step, loop, env, device))
+        if stop:
+            progress.write(f"stopped at step {step}; continue with --resume {run_dir / 'checkpoint.pt'}")
+            break
+    progress.close()
+    writer.close()
+
+
+if __name__ == "__main__":
+    main(parse_args())
