@@ -145,8 +145,8 @@ PRESETS: dict[str, dict] = {
     "AntMaze-U": {"source": "HIGL's length of training, else the paper's values", "total_steps": 1_000_000},
 }
 
-# Subgoals are about the first entries of obs: x, y, z, quaternion, then hip and ankle of four legs. Half-ranges
-# of HIRO appendix C.
+# Subgoals are about the first entries of obs: x, y, z, quaternion, then hip and ankle of four legs.
+# Half-ranges of HIRO appendix C.
 FULL = (10.0, 10.0, 0.5, 1.0, 1.0, 1.0, 1.0, 0.5, 0.3, 0.5, 0.3, 0.5, 0.3, 0.5, 0.3)
 SUBGOAL_SPACES = {"full": FULL, "xyz": FULL[:3], "xy": FULL[:2]}
 
@@ -294,6 +294,13 @@ class Critic(nn.Module):
         x = F.relu(self.layers[0].member(0, x))
         x = F.relu(self.layers[1].member(0, x))
         return self.layers[2].member(0, x).squeeze(-1)
+
+
+def in_blocks(function, *tensors, rows: int = 1024):
+    """function(*tensors) over blocks of rows, whose activations stay in a CPU's cache: 2.5 times as fast."""
+    if tensors[0].is_cuda:
+        return function(*tensors)
+    return torch.cat([function(*block) for block in zip(*(tensor.split(rows) for tensor in tensors))])
 
 
 class TD3:
@@ -470,7 +477,8 @@ def score_candidates(worker: TD3, candidates, batch):
     moved = (achieved_seq[:, :1] - achieved_seq[:, :-1])[:, None]  # [B, 1, c, D]
     subgoals = candidates[:, :, None] + moved  # [B, K, c, D], not clipped
     obs = batch.obs_seq[:, None, :-1].expand(*subgoals.shape[:-1], -1)  # [B, K, c, obs_dim]
-    error = (batch.action_seq[:, None] - worker.actor(obs, subgoals)) / worker.limit  # [B, K, c, A]
+    actions = in_blocks(worker.actor, obs.flatten(0, 2), subgoals.flatten(0, 2)).view(*obs.shape[:3], -1)
+    error = (batch.action_seq[:, None] - actions) / worker.limit  # [B, K, c, A]
     # easy to overlook: a segment that the end of an episode cut short counts only its own steps
     valid = torch.arange(period, device=obs.device) < batch.length[:, None]  # [B, c]
     return -0.5 * (error.square().sum(-1) * valid[:, None]).sum(-1)
@@ -559,9 +567,9 @@ def split_observation(observation: dict):
 
 
 def evaluate(env, manager: TD3, worker: TD3, args: Args, seed: int) -> dict:
-    """Noise-free episodes at each evaluation goal, up to the time limit. Draws nothing from torch's generator.
+    """Noise-free episodes at each evaluation goal, up to the time limit. Uses no random numbers of torch.
 
-    success: inside the goal's radius at the last step; success_any: at any step. Papers differ in which.
+    success: inside the goal's radius at the last step; success_any: at any step. Papers use one or the other.
     """
     goals = np.reshape(args.eval_goals, (-1, env.task.goal_dim)) if args.eval_goals else env.task.eval_goals
     dims, metrics, periods, episodes = len(manager.limit), {}, [], []
@@ -612,7 +620,7 @@ def describe_run(args: Args) -> dict:
 
 
 def append_row(path: Path, row: dict):
-    """Add an evaluation to progress.csv, atomically. Rows of steps that a resumed run repeats are replaced."""
+    """Add an evaluation to progress.csv, atomically. A resumed run replaces the rows that it repeats."""
     rows = []
     if path.exists():
         with open(path, newline="") as file:
@@ -626,7 +634,7 @@ def append_row(path: Path, row: dict):
 
 
 def to_tensors(tree):
-    """Nested dicts and lists with their numpy arrays as tensors, which torch.load(weights_only=True) accepts."""
+    """Nested dicts and lists with arrays as tensors, which torch.load(weights_only=True) accepts."""
     if isinstance(tree, dict):
         return {name: to_tensors(value) for name, value in tree.items()}
     if isinstance(tree, (list, tuple)):
@@ -700,7 +708,7 @@ def load_parts(parts: dict, state: dict, path: str):
 
 
 def freeze_run(step: int, loop: SimpleNamespace, env, device) -> dict:
-    """What networks and buffers do not hold: counters, the running episode, simulator, random generators."""
+    """What networks and buffers do not hold: counters, the running episode, simulator, generators."""
     generators = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if device.type == "cuda":
         generators["cuda"] = torch.cuda.get_rng_state(device)
@@ -711,7 +719,7 @@ def freeze_run(step: int, loop: SimpleNamespace, env, device) -> dict:
 
 @contextlib.contextmanager
 def fast_cpu_matmul(args: Args, device):
-    """oneDNN's float32 kernels for the updates: twice as fast as MKL's on AMD, slower for the one row of acting.
+    """oneDNN's float32 kernels for the updates: twice as fast as MKL's on AMD, slower for acting's one row.
 
     The setting's name promises less precision. That holds where the CPU has AMX units, so not used there.
     """
