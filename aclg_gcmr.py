@@ -30,7 +30,7 @@ import itertools
 import json
 import os
 import platform
-import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,6 +53,9 @@ from common_envs import SPECS, make_env
 
 SCRIPT = Path(__file__).stem
 FORMAT = 1  # of checkpoints; raised when an older one could not be read any more
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
+RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track")
 
 # ------------------------------------------------------------------------------------------------ arguments
 
@@ -74,7 +77,7 @@ class Args:
     # --- Experiment ---
     env: str = "AntMaze-U"  # id of the environment, a row of SPECS in common_envs.py
     reward: str | None = None  # "dense" or "sparse"; None: the first that the environment has
-    seed: int = 1  # fixes Python, numpy, torch, environment and sampling
+    seed: int = 1  # fixes torch (networks, noise, sampling) and the environment
     total_steps: Count = 700_000  # environment steps, counted from the start also after --resume
     device: str = "auto"  # "auto": cuda if there is one, else cpu
     threads: int = 0  # CPU threads of torch; 0: all cores (use 1 when several runs share a machine)
@@ -276,7 +279,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if saved is not None:
         settings = load_checkpoint(saved)["args"] | {"resume": None, "checkpoint": None, "run_dir": None}
         source = f"read from {saved}"
-        if first.env is not None:
+        if first.env is not None and first.eval_only:
             settings["env"] = first.env
     else:
         env = first.env or Args.env
@@ -289,6 +292,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
         default=dataclasses.replace(Args(), **settings),
         description=f"{__doc__.splitlines()[0]} Settings of {settings['env']}: {source}.",
     )
+    changed = [
+        name for name in settings if name not in RESUME_MAY_CHANGE and getattr(args, name) != settings[name]
+    ]
+    if first.resume is not None and changed:
+        fail(f"--resume continues the run as it was set; not with another {', '.join(changed)}")
     check_args(args)
     return args
 
@@ -304,8 +312,8 @@ def check_args(args: Args):
             fail(f"--{name.replace('_', '-')} must be at least 1")
     if args.learning_starts < args.manager_period:
         fail("--learning-starts must be at least --manager-period: the manager learns from whole segments")
-    if spec.goal_dim and len(args.eval_goals) % spec.goal_dim:
-        fail(f"--eval-goals needs a multiple of {spec.goal_dim} numbers for {args.env}")
+    if args.eval_goals and (not spec.goal_dim or len(args.eval_goals) % spec.goal_dim):
+        fail(f"--eval-goals: a goal of {args.env} has {spec.goal_dim} numbers")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         fail("--device cuda: torch sees no CUDA device here; use --device cpu")
     if args.candidates < 3:
@@ -332,7 +340,7 @@ def subgoal_transition(achieved, subgoal, next_achieved):
 
 def intrinsic_reward(achieved, subgoal, next_achieved):
     """r(s, g, s') = -|s + g - s'| (HIRO eq. 4), of the subgoal before the step. numpy, [..., D] -> [...]"""
-    return -np.sqrt(np.square(achieved + subgoal - next_achieved).sum(-1) + 1e-10)
+    return -np.sqrt(np.square(subgoal_transition(achieved, subgoal, next_achieved)).sum(-1) + 1e-10)
 
 
 # ------------------------------------------------------------------------------------------------- networks
@@ -368,8 +376,8 @@ class Actor(nn.Module):
 
     def __init__(self, input_scale, limit, hidden: int, output_init: float):
         super().__init__()
-        self.register_buffer("input_scale", input_scale)  # [obs_dim + goal_dim], 0 hides an entry
-        self.register_buffer("limit", limit)  # [action_dim]
+        self.register_buffer("input_scale", input_scale, persistent=False)  # [obs_dim + goal_dim], 0 hides
+        self.register_buffer("limit", limit, persistent=False)  # [action_dim]
         sizes = [len(input_scale), hidden, hidden, len(limit)]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
         init_output_(list(self.layers), output_init)
@@ -386,7 +394,7 @@ class Critic(nn.Module):
 
     def __init__(self, input_scale, hidden: int, output_init: float):
         super().__init__()
-        self.register_buffer("input_scale", input_scale)  # [obs_dim + goal_dim + action_dim]
+        self.register_buffer("input_scale", input_scale, persistent=False)  # [obs + goal + action dims]
         sizes = [len(input_scale), hidden, hidden, 1]
         self.layers = nn.ModuleList(EnsembleLinear(2, a, b) for a, b in zip(sizes, sizes[1:]))
         init_output_(list(self.layers), output_init)
@@ -410,6 +418,13 @@ def in_blocks(function, *tensors, rows: int = 1024):
     if tensors[0].is_cuda:
         return function(*tensors)
     return torch.cat([function(*block) for block in zip(*(tensor.split(rows) for tensor in tensors))])
+
+
+def adam_step(optimizer, params: list, loss):
+    """One step of these parameters on any loss; no other network's gradient is computed or touched."""
+    for param, grad in zip(params, torch.autograd.grad(loss, params)):
+        param.grad = grad
+    optimizer.step()
 
 
 class TD3:
@@ -461,16 +476,10 @@ class TD3:
         return F.smooth_l1_loss(q, td_target.expand_as(q), reduction="none").mean(1).sum(), q.detach().mean()
 
     def critic_step(self, loss):
-        """One Adam step of both critics on any loss."""
-        for param, grad in zip(self.critic_params, torch.autograd.grad(loss, self.critic_params)):
-            param.grad = grad
-        self.critic_optimizer.step()
+        adam_step(self.critic_optimizer, self.critic_params, loss)
 
     def actor_step(self, loss):
-        """One Adam step of the actor on any loss; no other network's gradient is touched."""
-        for param, grad in zip(self.actor_params, torch.autograd.grad(loss, self.actor_params)):
-            param.grad = grad
-        self.actor_optimizer.step()
+        adam_step(self.actor_optimizer, self.actor_params, loss)
 
     @torch.no_grad()
     def update_target_critic(self):
@@ -486,8 +495,14 @@ class TD3:
         return {name: getattr(self, name).state_dict() for name in parts}
 
     def load_state_dict(self, state: dict):
-        for name, part in state.items():
-            getattr(self, name).load_state_dict(part)
+        for name in self.state_dict():
+            getattr(self, name).load_state_dict(state[name])
+        for optimizer in (
+            self.actor_optimizer,
+            self.critic_optimizer,
+        ):  # the file may come from another device
+            for group in optimizer.param_groups:
+                group["capturable"] = self.limit.is_cuda
 
 
 # --------------------------------------------------------------------------------------------------- replay
@@ -526,12 +541,19 @@ class ReplayBuffer:
     def unpack(self, rows) -> SimpleNamespace:
         """Rows [n, row size] -> their fields as views, [n, *shape]."""
         columns = rows.split(self.sizes, -1)
-        return SimpleNamespace(**{n: c.reshape(-1, *s) for (n, s), c in zip(self.shapes.items(), columns)})
+        return SimpleNamespace(
+            **{n: c.reshape(len(rows), *s) for (n, s), c in zip(self.shapes.items(), columns)}
+        )
 
     def state_dict(self) -> dict:
-        return {"rows": self.rows[: len(self)], "added": self.added}
+        return {
+            "rows": self.rows[: len(self)].clone(),
+            "added": self.added,
+        }  # a view would save all its storage
 
     def load_state_dict(self, state: dict):
+        if len(state["rows"]) != min(state["added"], len(self.rows)):
+            raise ValueError("another capacity")
         self.rows[: len(state["rows"])] = state["rows"]
         self.added = state["added"]
         self.size.fill_(len(self))
@@ -681,9 +703,7 @@ def train_dynamics(
         shape = (args.dynamics_members, args.dynamics_batch_size)  # each member its own rows
         index = torch.randint(len(obs), shape, device=obs.device)
         loss = dynamics_loss(*dynamics(obs[index], action[index]), target[index])
-        for param, grad in zip(params, torch.autograd.grad(loss, params)):
-            param.grad = grad
-        optimizer.step()
+        adam_step(optimizer, params, loss)
     dynamics.trained_at = step
     return metrics | {"dynamics/loss": loss.detach(), "dynamics/error": dynamics.relative_error(*held_out)}
 
@@ -755,9 +775,7 @@ def train_adjacency(adjacency: Adjacency, optimizer, args: Args) -> dict:
             embedded = adjacency.embed(torch.cat([cells[a], cells[b]]))
             distance = embedding_distance(*embedded.chunk(2))
             loss = contrastive_loss(distance, labels[a, b], args)
-            for param, grad in zip(params, torch.autograd.grad(loss, params)):
-                param.grad = grad
-            optimizer.step()
+            adam_step(optimizer, params, loss)
             losses.append(loss.detach())
     adjacency.positions = 0
     return {"adjacency/loss": torch.stack(losses[-len(losses) // args.adjacency_epochs :]).mean()}
@@ -820,9 +838,7 @@ def train_novelty(novelty: Novelty, optimizer, buffer: ReplayBuffer, args: Args,
     params = list(novelty.predictor.parameters())
     for _ in range(updates):
         loss = novelty.loss(buffer.sample(args.batch_size).obs)
-        for param, grad in zip(params, torch.autograd.grad(loss, params)):
-            param.grad = grad
-        optimizer.step()
+        adam_step(optimizer, params, loss)
     return {"novelty/loss": loss.detach()}
 
 
@@ -846,9 +862,10 @@ def score_candidates(worker: TD3, candidates, batch):
     -1/2 sum_i |a_i - mu(s_i, g_i)|^2 in units of the action's limit; g_i follows the subgoal transition.
     """
     dims, period = candidates.shape[-1], batch.action_seq.shape[1]
-    achieved_seq = batch.obs_seq[..., :dims]  # [B, c+1, D]
-    moved = (achieved_seq[:, :1] - achieved_seq[:, :-1])[:, None]  # [B, 1, c, D]
-    subgoals = candidates[:, :, None] + moved  # [B, K, c, D], not clipped
+    achieved_seq = batch.obs_seq[:, None, :-1, :dims]  # [B, 1, c, D]
+    subgoals = subgoal_transition(
+        achieved_seq[:, :, :1], candidates[:, :, None], achieved_seq
+    )  # [B, K, c, D]
     obs = batch.obs_seq[:, None, :-1].expand(*subgoals.shape[:-1], -1)  # [B, K, c, obs_dim]
     actions = in_blocks(worker.actor, obs.flatten(0, 2), subgoals.flatten(0, 2)).view(*obs.shape[:3], -1)
     error = (batch.action_seq[:, None] - actions) / worker.limit  # [B, K, c, A]
@@ -1209,7 +1226,7 @@ def update_manager(
 
 
 def period_metrics(prefix: str, periods: list, reached_radius: float) -> dict:
-    """How well the worker follows. periods: a row per segment, x, y of start, subgoal, end (metres)."""
+    """How well the worker follows. periods: a row per segment, x, y of start, subgoal and end, in metres."""
     if not periods:
         return {}
     start, subgoal, end = np.split(np.asarray(periods, np.float64).reshape(-1, 6), 3, 1)
@@ -1253,7 +1270,7 @@ def evaluate(env, manager: TD3, worker: TD3, args: Args, seed: int) -> dict:
             success_any |= bool(info["is_success"])
             if steps % args.manager_period == 0 or episode_over:
                 periods.append([*start[:2], *first_subgoal[:2], *obs[:2]])
-        distance = np.linalg.norm((obs[: len(goal)] - goal)[:2])  # in x and y
+        distance = np.linalg.norm((obs[: len(goal)] - goal)[: env.task.reward_dims])
         episodes.append((goal_index, info["is_success"], success_any, episode_return, distance))
     index, *columns = np.asarray(episodes, np.float64).T
     for name, values in zip(("success", "success_any", "return", "final_distance"), columns):
@@ -1268,13 +1285,14 @@ def evaluate(env, manager: TD3, worker: TD3, args: Args, seed: int) -> dict:
 
 def describe_run(args: Args) -> dict:
     """What is needed to repeat a run: arguments, command, versions, commit, machine."""
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=here)
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    has_git = shutil.which("git") is not None
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() if has_git else ""
     packages = ("torch", "gymnasium", "mujoco", "numpy", "tyro")
     return {
         "script": SCRIPT,
         "command": " ".join(["python", *sys.argv]),
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
         "args": dataclasses.asdict(args),
@@ -1371,7 +1389,7 @@ def load_parts(parts: dict, state: dict, path: str):
 
 def freeze_run(step: int, loop: SimpleNamespace, env, device) -> dict:
     """What networks and buffers do not hold: counters, the running episode, simulator, generators."""
-    generators = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    generators = {"torch": torch.get_rng_state()}
     if device.type == "cuda":
         generators["cuda"] = torch.cuda.get_rng_state(device)
     return {"step": step, "generators": generators, "env": to_tensors(env.get_state())} | to_tensors(
@@ -1385,10 +1403,13 @@ def fast_cpu_matmul(args: Args, device):
 
     The setting's name promises less precision. That holds where the CPU has AMX units, so not used there.
     """
-    if args.fast_matmul and device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    if args.fast_matmul and device.type == "cpu" and x86 and not torch.cpu._is_amx_tile_supported():
         torch.set_float32_matmul_precision("medium")
-    yield
-    torch.set_float32_matmul_precision("highest")
+        yield
+        torch.set_float32_matmul_precision("highest")
+    else:
+        yield
 
 
 def load_run(path: str, parts: dict, env, device) -> tuple[int, SimpleNamespace]:
@@ -1399,11 +1420,9 @@ def load_run(path: str, parts: dict, env, device) -> tuple[int, SimpleNamespace]
     load_parts(parts, state, path)
     loop = {name: value.numpy() if torch.is_tensor(value) else value for name, value in state["loop"].items()}
     generators = loop.pop("generators")
-    random.setstate(generators["python"])
     torch.set_rng_state(generators["torch"])
-    if device.type == "cuda":
+    if device.type == "cuda" and "cuda" in generators:
         torch.cuda.set_rng_state(generators["cuda"], device)
-    env.reset()
     env.set_state(loop.pop("env"))
     return loop.pop("step") + 1, SimpleNamespace(**loop)
 
@@ -1468,9 +1487,7 @@ def main(args: Args):
     device = torch.device(auto if args.device == "auto" else args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # numpy's and Python's global generators are not used
     env, eval_env = make_env(args.env, args.reward), make_env(args.env, args.reward, evaluate=True)
     manager, worker = make_agents(env, args, device)
     agents = {"manager": manager, "worker": worker}
@@ -1511,10 +1528,11 @@ def main(args: Args):
         loop.subgoal = loop.first_subgoal = manager.act(loop.obs, loop.goal, explore=True)
         segment.start(loop.obs)
     stop = []  # signals received
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, frame: stop.append(received))
+    handlers = {n: signal.signal(n, lambda number, frame: stop.append(number)) for n in STOP_SIGNALS}
     writer = SummaryWriter(str(run_dir), purge_step=first_step)
     progress = tqdm(total=args.total_steps, initial=first_step - 1, unit="step", mininterval=2, disable=None)
+    if first_step > args.total_steps:
+        fail(f"{args.resume} is at step {first_step - 1} already; raise --total-steps")
     begin, last_time, last_step = time.time() - loop.seconds, time.time(), first_step - 1
 
     for step in range(first_step, args.total_steps + 1):
@@ -1522,7 +1540,7 @@ def main(args: Args):
         obs, goal, subgoal = loop.obs, loop.goal, loop.subgoal
         action = worker.act(obs, subgoal, explore=True)
 
-        # ---- learn from what the replay holds; a GPU does so while the CPU simulates the next step
+        # ---- learn from all steps up to the last; a GPU does so while the CPU simulates the next one
         updates = step - args.learning_starts
         with fast_cpu_matmul(args, device):
             with_penalty = dynamics.trained_at > 0 and args.gradient_penalty_weight > 0
@@ -1614,7 +1632,8 @@ def main(args: Args):
             save_checkpoint(agents, args, run_dir / "model.pt")
             loop.periods, loop.heights, loop.flips = [], [], []
             last_time, last_step = time.time(), step
-        if stop or (args.save_every and step % args.save_every == 0):
+        if stop or (args.save_every and (step % args.save_every == 0 or step == args.total_steps)):
+            check_finite(loop.losses, step, run_dir)
             loop.seconds = time.time() - begin
             save_checkpoint(parts, args, run_dir / "checkpoint.pt", loop=freeze_run(step, loop, env, device))
         if stop:
@@ -1622,6 +1641,8 @@ def main(args: Args):
             break
     progress.close()
     writer.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 if __name__ == "__main__":

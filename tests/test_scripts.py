@@ -1,0 +1,302 @@
+"""Every script from the command line: what it writes, what it prints, what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, TINY, TINY_OF, read_rows
+
+from common_envs import SPECS
+
+ENVS = ("PointMaze-U", "AntMaze-U")
+FLAGS = ["--total-steps", "5.2e2", "--eval-every", "260"]  # a number with an exponent; past an end of an episode
+
+
+@pytest.fixture(scope="session", params=ENVS)
+def trained(request, script, train, tmp_path_factory):
+    """A finished tiny run: its folder and what it printed. One per script is a real command line."""
+    folder = tmp_path_factory.mktemp(f"{script}_{request.param}")
+    if request.param == "PointMaze-U":
+        flags = ["--env", request.param, "--run-dir", folder, *TINY, *TINY_OF.get(script, ()), *FLAGS]
+        command = [sys.executable, f"{script}.py", *map(str, flags)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+        result = SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
+    else:
+        result = train(script, request.param, folder, *FLAGS)
+    return SimpleNamespace(folder=folder, env=request.param, result=result)
+
+
+@pytest.fixture(scope="session")
+def model_of(train, tmp_path_factory):
+    """model_of(script): a model.pt on PointMaze-U, made in as few steps as possible."""
+    files = {}
+
+    def model_of(script):
+        if script not in files:
+            folder = tmp_path_factory.mktemp(f"model_{script}")
+            train(script, "PointMaze-U", folder, "--total-steps", "12")
+            files[script] = folder / "model.pt"
+        return files[script]
+
+    return model_of
+
+
+# --------------------------------------------------------------------------------------- what a run writes
+
+
+def test_run_succeeds(trained):
+    assert trained.result.code == 0, trained.result.err
+    assert "Traceback" not in trained.result.err
+    assert "step 260: success" in trained.result.out and "step 520: success" in trained.result.out
+
+
+def test_progress(trained, script):
+    rows = read_rows(trained.folder, times=True)
+    assert [row["step"] for row in rows] == ["260", "520"]
+    columns = set(rows[-1])
+    assert {"step", "time", "steps_per_second", "eval/success", "eval/success_any", "eval/return"} <= columns
+    assert {"worker/critic_loss", "worker/q", "worker/actor_loss", "worker/progress"} <= columns
+    assert {"manager/critic_loss", "manager/q", "manager/actor_loss"} <= columns
+    if script == "aclg_gcmr":  # all of its parts took part
+        assert {"worker/gradient_penalty", "worker/planning_loss", "dynamics/loss", "novelty/loss"} <= columns
+        assert {"adjacency/loss", "manager/adjacency_loss", "manager/landmark_loss"} <= columns
+    last = {name: float(value) for name, value in rows[-1].items()}  # each a number
+    assert last["steps_per_second"] > 0 and 0 < float(rows[0]["time"]) < last["time"]
+    assert 0 <= last["eval/success"] <= last["eval/success_any"] <= 1
+    assert last["eval/return"] < 0  # minus distances
+    assert last["worker/torso_height"] > 0.2 and 0 <= last["worker/upside_down"] <= 1
+
+
+def test_config(trained, script):
+    config = json.loads((trained.folder / "config.json").read_text())
+    assert config["script"] == script and script in config["command"]
+    assert {"python", "torch", "gymnasium", "mujoco", "numpy"} <= set(config["versions"])
+    assert config["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    args = config["args"]
+    assert args["env"] == trained.env and args["total_steps"] == 520 and args["hidden"] == 32
+
+
+def test_files(trained, script):
+    state = torch.load(trained.folder / "model.pt", weights_only=True)
+    assert state["script"] == script and state["args"]["env"] == trained.env
+    events = [path for path in trained.folder.iterdir() if path.name.startswith("events.out.tfevents")]
+    assert len(events) == 1 and events[0].stat().st_size > 500
+    assert not list(trained.folder.glob("*.tmp")) and not (trained.folder / "checkpoint.pt").exists()
+
+
+def test_tensorboard_has_the_same_numbers(trained):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(trained.folder))
+    events.Reload()
+    for name in ("eval/return", "worker/critic_loss"):
+        logged = [(event.step, event.value) for event in events.Scalars(name)]
+        rows = [(int(row["step"]), float(row[name])) for row in read_rows(trained.folder)]
+        assert [step for step, _ in logged] == [step for step, _ in rows]
+        assert [value for _, value in logged] == pytest.approx([value for _, value in rows])
+
+
+def test_eval_only(trained, script, run):
+    """Prints the numbers, and the settings come from the file; the same at every call, another at another seed."""
+    flags = ["--eval-only", "--checkpoint", trained.folder / "model.pt", "--eval-goals", 1, 0.5, 0, 8]
+    first, again = (run(script, *flags, "--eval-episodes", 1) for _ in range(2))
+    values = dict(line.split() for line in first.out.splitlines())
+    assert {"eval/success", "eval/success_any", "eval/return", "eval/success_goal1"} <= set(values)
+    assert float(values["eval/success"]) in (0, 0.5, 1)
+    assert values["eval/return_goal0"] > values["eval/return_goal1"]  # as texts: -1.. before -3..
+    assert first.out == again.out
+    if trained.env == "PointMaze-U":
+        assert run(script, *flags, "--seed", 5).out != first.out
+
+
+# ------------------------------------------------------------------------------------------- help and input
+
+
+def parse(module, capsys, *argv):
+    """Exit code and output of parse_args, in this process."""
+    try:
+        return module.parse_args([str(arg) for arg in argv]), ""
+    except SystemExit as stop:
+        printed = capsys.readouterr()
+        text = stop.code if isinstance(stop.code, str) else printed.out + printed.err
+        return (1 if isinstance(stop.code, str) else stop.code), text
+
+
+def test_help_shows_the_values_of_the_environment(script, module, run):
+    result = run(script, "--env", "PointMaze-U", "--help")
+    words = result.out.split()
+    assert all(f"--{name}" in words for name in ("seed", "worker-gamma", "manager-period", "subgoal-space"))
+    preset = module.PRESETS["PointMaze-U"]
+    assert " ".join(preset["source"].split()) in " ".join(result.out.replace("│", " ").split())
+    assert str(preset["total_steps"]) in result.out and str(module.Args.total_steps) not in result.out
+
+
+def test_presets(module):
+    """Each belongs to an environment and changes settings that exist; the command line has the last word."""
+    for env, preset in module.PRESETS.items():
+        assert env in SPECS and preset["source"]
+        args = module.parse_args(["--env", env])
+        for name, value in preset.items():
+            assert name == "source" or getattr(args, name) == value
+    args = module.parse_args(["--env", "PointMaze-U", "--total-steps", "4e2", "--worker-noise", "0.75"])
+    assert (args.total_steps, args.worker_noise) == (400, 0.75)
+    assert type(args.total_steps) is int
+    assert module.parse_args([]).env == module.Args.env
+
+
+BAD_FLAGS = [
+    ("--env AntMaze-X", "AntMaze-X"),
+    ("--eval-only", "--checkpoint"),
+    ("--checkpoint model.pt", "--eval-only"),
+    ("--eval-only --checkpoint missing.pt", "missing.pt"),
+    ("--resume missing.pt", "missing.pt"),
+    ("--manager-period 0", "--manager-period"),
+    ("--batch-size 0", "--batch-size"),
+    ("--hidden -3", "--hidden"),
+    ("--total-steps 0", "--total-steps"),
+    ("--eval-every 0", "--eval-every"),
+    ("--eval-episodes 0", "--eval-episodes"),
+    ("--learning-starts 1", "--learning-starts"),
+    ("--worker-actor-every 0", "--worker-actor-every"),
+    ("--env AntFall --reward sparse", "dense"),
+    ("--eval-goals 1 2 3", "--eval-goals"),
+    ("--candidates 2", "--candidates"),
+    ("--seed -1", "--seed"),
+    ("--worker-buffer 0", "--worker-buffer"),
+    ("--threads -1", "--threads"),
+]
+
+
+@pytest.mark.parametrize("flags, word", BAD_FLAGS, ids=[flags for flags, _ in BAD_FLAGS])
+def test_bad_flags(script, module, capsys, flags, word):
+    """One line with the name of the flag, and a code other than 0."""
+    code, text = parse(module, capsys, *flags.split())
+    assert code == 1 and text.startswith(f"{script}.py: error: ") and word in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("flags", ["--total-steps many", "--subgoal-space q", "--no-such-flag 1", "--seed"])
+def test_flags_that_cannot_be_read(module, capsys, flags):
+    code, text = parse(module, capsys, *flags.split())
+    assert code == 2 and flags.split()[0].strip("-") in text
+
+
+def one_line_on_stderr(result, script):
+    assert result.code not in (0, None), result.err
+    assert result.err.startswith(f"{script}.py: error: ") and result.err.count("\n") == 1, result.err
+    return result.err
+
+
+def test_unknown_environment_lists_the_known(script, run):
+    text = one_line_on_stderr(run(script, "--env", "AntMaze-X", ok=False), script)
+    assert all(env in text for env in SPECS)
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        ("--env PointMaze-U --action-limit 1 2 3", "--action-limit"),
+        ("--env PointMaze-U --device nonsense", "--device"),
+        ("--env PointMaze-U --run-dir {file}/below", "--run-dir"),
+    ],
+)
+def test_bad_flags_that_show_later(script, run, tmp_path, flags, word):
+    (tmp_path / "file").write_text("a file, not a folder")
+    flags = flags.format(file=tmp_path / "file").split()
+    text = one_line_on_stderr(run(script, "--run-dir", tmp_path / "run", *flags, ok=False), script)
+    assert word in text
+
+
+def test_foreign_checkpoints(script, module, capsys, tmp_path, model_of):
+    """Garbage, an empty file, a tensor, a folder, a pickle that would run code, another script's or a later format."""
+    files = {name: tmp_path / name for name in ("garbage", "empty", "tensor", "folder", "code", "other", "later")}
+    files["garbage"].write_bytes(os.urandom(1000))
+    files["empty"].touch()
+    files["folder"].mkdir()
+    torch.save(torch.zeros(3), files["tensor"])
+    torch.save(Trap(tmp_path / "trapped"), files["code"])
+    others = [name for name in SCRIPTS if name != script]
+    torch.save({"script": "someone_else"}, files["other"])
+    if others:
+        files["sibling"] = model_of(others[0])
+    later = torch.load(model_of(script), weights_only=True)
+    torch.save(later | {"format": 99}, files["later"])
+    for name, path in files.items():
+        for flags in (["--eval-only", "--checkpoint", path], ["--resume", path]):
+            code, text = parse(module, capsys, *flags)
+            assert code == 1 and str(path) in text and "\n" not in text, (name, text)
+            if name == "sibling":
+                assert f"written by {others[0]}" in text
+    assert not (tmp_path / "trapped").exists()
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_checkpoint_of_another_environment(script, run, model_of):
+    flags = ["--eval-only", "--checkpoint", model_of(script), "--env", "AntMaze-U"]
+    one_line_on_stderr(run(script, *flags, ok=False), script)
+    text = one_line_on_stderr(run(script, *flags, "--action-limit", *[30] * 8, ok=False), script)
+    assert "does not fit" in text
+
+
+# ---------------------------------------------------------------------------------------- when it goes wrong
+
+
+def break_worker(module, monkeypatch, after):
+    """From then on the worker's critic loss is NaN."""
+    count, update = [0], module.update_worker
+
+    def broken(*inputs, **flags):
+        losses = update(*inputs, **flags)
+        count[0] += 1
+        return losses | ({"worker/critic_loss": torch.tensor(float("nan"))} if count[0] > after else {})
+
+    monkeypatch.setattr(module, "update_worker", broken)
+
+
+def tiny_args(module, script, *flags):
+    flags = ["--env", "PointMaze-U", *TINY, *TINY_OF.get(script, ()), *flags]
+    return module.parse_args([str(flag) for flag in flags])
+
+
+def test_nan_stops_the_run(script, module, monkeypatch, tmp_path):
+    """The evaluation at step 80 is good, the loss is NaN from about step 90 on."""
+    break_worker(module, monkeypatch, after=30)
+    args = tiny_args(module, script, "--total-steps", 160, "--eval-every", 80, "--run-dir", tmp_path)
+    kept = []
+    save = module.save_checkpoint
+    monkeypatch.setattr(
+        module, "save_checkpoint", lambda *inputs, **more: (save(*inputs, **more), kept.append(model.read_bytes()))
+    )
+    model = tmp_path / "model.pt"
+    with pytest.raises(SystemExit) as stop:
+        module.main(args)
+    assert "worker/critic_loss" in stop.value.code and "160" in stop.value.code
+    assert len(kept) == 1 and model.read_bytes() == kept[0]
+    assert [row["step"] for row in read_rows(tmp_path)] == ["80"]
+
+
+def test_nan_does_not_spoil_the_checkpoint(script, module, monkeypatch, tmp_path):
+    """Saved at 70 with good networks; at 140 they are NaN, and --resume must still have something to start from."""
+    break_worker(module, monkeypatch, after=30)
+    flags = ("--total-steps", 160, "--eval-every", 1000, "--save-every", 70, "--run-dir", tmp_path)
+    with pytest.raises(SystemExit):
+        module.main(tiny_args(module, script, *flags))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["loop"]["step"] == 70
+
+
+def test_gather_trains(script, train, tmp_path):
+    """The environment without a goal, whose episodes end early."""
+    flags = {"aclg_gcmr": ["--landmark-weight", 0]}.get(script, [])
+    train(script, "AntGather", tmp_path, "--total-steps", 120, "--eval-every", 60, *flags)
+    assert [row["step"] for row in read_rows(tmp_path)] == ["60", "120"]

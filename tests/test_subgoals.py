@@ -1,0 +1,239 @@
+"""Subgoals, the worker's reward, segments, and what the training loop stores of them."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPTS, ToyEnv
+
+import hiro
+from common_envs import make_env
+
+S, G = np.array([1, 2, 0.5]), np.array([3, -1, 0.2])
+NEXT, LATER = np.array([1.5, 1.8, 0.6]), np.array([2, 1, 0.55])
+
+
+# ------------------------------------------------------------------------------------- the two formulas
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_subgoal_transition(kind):
+    s, g, following, later = (kind(x) for x in (S, G, NEXT, LATER))
+    g1 = hiro.subgoal_transition(s, g, following)
+    g2 = hiro.subgoal_transition(following, g1, later)
+    assert np.allclose(g1, (2.5, -0.8, 0.1))
+    assert np.allclose(g2, (2, 0, 0.15)) and np.allclose(g2, S + G - LATER)
+    for state, subgoal in ((s, g), (following, g1), (later, g2)):
+        assert np.allclose(state + subgoal, (4, 1, 0.7))  # the same place
+
+
+def test_subgoal_transition_is_not_clipped():
+    assert hiro.subgoal_transition(np.array([9.0]), np.array([10.0]), np.array([-8.0])) == 27
+
+
+def test_intrinsic_reward():
+    g1 = np.array([2.5, -0.8, 0.1])
+    assert hiro.intrinsic_reward(S, G, NEXT) == pytest.approx(-2.6267851)
+    assert hiro.intrinsic_reward(NEXT, g1, LATER) == pytest.approx(-2.0056171)
+    assert hiro.intrinsic_reward(S, G, S + G) == pytest.approx(-1e-5)  # an exact hit
+    batch = hiro.intrinsic_reward(np.stack([S, NEXT]), np.stack([G, g1]), np.stack([NEXT, LATER]))
+    assert batch == pytest.approx([-2.6267851, -2.0056171])
+
+
+# --------------------------------------------------------------------------------------------- segments
+
+
+def test_segment_sums_and_pads():
+    rewards = [-12, -11.9, -11.7, -11.6, -11.4, -11.1, -11.0, -10.8, -10.5, -10.2]
+    segment = hiro.Segment(10, obs_dim=2, action_dim=1)
+    segment.start(np.array([7.0, 8.0]))
+    for i, reward in enumerate(rewards):
+        segment.add(np.array([0.1 * i]), reward, np.array([i, -i]))
+    assert segment.reward == pytest.approx(-112.2)
+    assert hiro.Args.manager_reward_scale * segment.reward == pytest.approx(-11.22)
+    assert segment.length == 10
+    assert np.array_equal(segment.obs_seq, [(7, 8)] + [(i, -i) for i in range(10)])
+    assert np.allclose(segment.action_seq[:, 0], 0.1 * np.arange(10))
+
+    segment.start(np.array([1.0, 1.0]))  # nothing of the old one stays
+    for i in range(3):
+        segment.add(np.array([i + 1]), -2.0, np.array([i + 2, 0]))
+    fields = segment.sequences()
+    assert fields["length"] == 3 and segment.reward == -6.0
+    assert np.array_equal(fields["obs_seq"], [(1, 1), (2, 0), (3, 0)] + [(4, 0)] * 8)
+    assert np.array_equal(fields["action_seq"][:, 0], [1, 2, 3] + [0] * 7)
+
+
+# --------------------------------------------------------------------------- what the worker gets to see
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_worker_does_not_see_its_position(mask):
+    args = hiro.Args(env="AntMaze-ULarge", mask_xy=mask, hidden=8)
+    manager, worker = hiro.make_agents(make_env(args.env), args, torch.device("cpu"))
+    seen = {}
+
+    def note(name):
+        return lambda layer, inputs: seen.update({name: inputs[0].detach()})
+
+    for name, net in (("manager", manager.actor), ("worker", worker.actor), ("critic", worker.critic)):
+        net.layers[0].register_forward_pre_hook(note(name))
+    obs, subgoal, action = torch.arange(1.0, 31), torch.full((15,), 0.5), torch.full((8,), 20.0)
+    worker.actor(obs[None], subgoal[None])
+    worker.critic(obs[None], subgoal[None], action[None])
+    manager.actor(obs[None], torch.tensor([[0.0, 16.0]]))
+    position = [0.0, 0.0] if mask else [1.0, 2.0]
+    assert seen["worker"][0].tolist() == position + list(range(3, 31)) + [0.5] * 15
+    assert seen["critic"][0, 0].tolist() == position + list(range(3, 31)) + [0.5] * 15 + [20.0] * 8
+    assert seen["manager"][0].tolist() == list(range(1, 31)) + [0.0, 16.0]
+
+
+def test_scaled_worker_inputs():
+    args = hiro.Args(env="AntMaze-ULarge", scale_worker_inputs=True, hidden=8)
+    _, worker = hiro.make_agents(make_env(args.env), args, torch.device("cpu"))
+    half_range = [10, 10, 0.5, 1, 1, 1, 1, 0.5, 0.3, 0.5, 0.3, 0.5, 0.3, 0.5, 0.3]
+    expected = [0, 0] + [1] * 28 + [1 / x for x in half_range] + [1 / 30] * 8
+    assert worker.critic.input_scale.tolist() == pytest.approx(expected)
+    assert worker.actor.input_scale.tolist() == pytest.approx(expected[:45])
+
+
+# ------------------------------------------------------------------------------------ the training loop
+
+LOOPS = [name for name in ("hiro", "aclg_gcmr") if name in SCRIPTS]
+
+
+@pytest.fixture(params=LOOPS)
+def loop_module(request):
+    return pytest.importorskip(request.param)
+
+
+def watch_actions(module, monkeypatch):
+    """(input, subgoal or goal, action) of every exploring call of act(), per level by the width of its limit."""
+    calls = []
+
+    def act(agent, obs, goal, explore, _act=module.TD3.act):
+        action = _act(agent, obs, goal, explore)
+        if explore:
+            calls.append((agent, np.array(obs), np.array(goal), np.array(action)))
+        return action
+
+    monkeypatch.setattr(module.TD3, "act", act)
+    return calls
+
+
+def test_what_the_loop_stores(loop_module, toy_run, monkeypatch):
+    """Two episodes of 23 steps: periods of 10, 10 and 3. Steps of up to 5 m carry subgoals out of their range."""
+    calls = watch_actions(loop_module, monkeypatch)
+    env = ToyEnv(23, speed=5.0)
+    stored = toy_run(loop_module, 46, env, learning_starts=1000, worker_noise=2.0)
+    assert len(stored.worker) == 46
+    assert [int(row.length) for row in stored.manager] == [10, 10, 3, 10, 10, 3]
+
+    # the manager spoke at the start of each period, without a clipped sum
+    given = [(obs, action) for agent, obs, goal, action in calls if float(agent.limit[0]) == 10]
+    assert len(given) == 7  # the last one for the episode that would follow
+    acted = [(obs, goal, action) for agent, obs, goal, action in calls if float(agent.limit[0]) == 1]
+    assert len(acted) == 46
+    spans = [(0, 10), (10, 20), (20, 23), (23, 33), (33, 43), (43, 46)]
+    biggest = 0.0
+    for number, (begin, end) in enumerate(spans):
+        segment, (first_obs, first_subgoal) = stored.manager[number], given[number]
+        assert np.array_equal(segment.subgoal, first_subgoal) and np.all(np.abs(first_subgoal) <= 10)
+        assert np.array_equal(segment.obs_seq[0], first_obs.astype(np.float32))
+        assert segment.goal.tolist() == [3, 4]
+        assert segment.terminated == 0  # a time limit is no end
+        steps_in_episode = range(begin % 23 + 1, begin % 23 + 1 + end - begin)
+        assert segment.reward == pytest.approx(-0.1 * sum(steps_in_episode))
+        for i in range(begin, end):
+            obs, action, next_obs = env.log[i]
+            row = stored.worker[i]
+            # the subgoal that was acted on, with the action that it led to
+            assert np.array_equal(row.subgoal, acted[i][1]) and np.array_equal(row.action, acted[i][2])
+            assert np.array_equal(row.action, action)
+            assert np.allclose(row.obs, obs) and np.allclose(row.next_obs, next_obs)
+            assert np.allclose(segment.obs_seq[i - begin], obs)
+            assert np.array_equal(segment.action_seq[i - begin], action)
+            # subgoals keep pointing at one place, and are never clipped
+            assert np.allclose(row.obs[:2] + row.subgoal, first_obs[:2] + first_subgoal, atol=1e-4)
+            rest = obs[:2] + row.subgoal - next_obs[:2]
+            assert row.reward == pytest.approx(-np.sqrt((rest**2).sum() + 1e-10), rel=1e-5)
+            assert row.terminated == 0
+            last_of_period, last_of_episode = i == end - 1, env.log[i][2][2] == 23
+            if last_of_period and not last_of_episode and loop_module is hiro:
+                assert np.array_equal(row.next_subgoal, given[number + 1][1])  # the released code's way
+            else:
+                assert np.allclose(row.next_subgoal, rest, atol=1e-4)
+            biggest = max(biggest, np.abs(row.next_subgoal).max())
+        length = end - begin
+        assert np.allclose(segment.obs_seq[length:], env.log[end - 1][2])  # the true end, also as padding
+        assert not segment.action_seq[length:].any()
+    assert biggest > 10.5
+
+
+def test_end_of_an_episode_for_good(loop_module, toy_run):
+    stored = toy_run(loop_module, 34, ToyEnv(23, death=17), learning_starts=1000)
+    assert [int(row.length) for row in stored.manager] == [10, 7, 10, 7]
+    assert [int(row.terminated) for row in stored.manager] == [0, 1, 0, 1]
+    assert [float(row.reward) for row in stored.manager][:2] == pytest.approx([-5.5, -0.1 * sum(range(11, 18))])
+
+
+# ------------------------------------------------------------------------------- evaluation and its numbers
+
+
+class Walker(ToyEnv):
+    """Inside the goal's radius at steps 2 and 3 of 4; with the second goal at the last step too."""
+
+    def is_success(self):
+        return self.steps in (2, 3) or (self.steps == 4 and self.goal[0] == 7)
+
+
+def test_evaluate():
+    """A manager that says (4, 0), a worker that makes 1 m to the right: two goals, episodes of 4 steps."""
+    asked, seeds = [], []
+    env = Walker(4)
+    reset = env.reset
+
+    def noted_reset(seed, options):
+        seeds.append(seed)
+        return reset(seed=seed, options=options)
+
+    env.reset = noted_reset
+
+    def level(answer, name):
+        def act(obs, goal, explore):
+            assert explore is False
+            asked.append((name, obs[2], *goal.tolist()))
+            return np.array(answer, np.float32)
+
+        return SimpleNamespace(act=act, limit=torch.tensor([10.0, 10.0]))
+
+    manager, worker = level((4, 0), "manager"), level((1, 0), "worker")
+    args = hiro.Args(eval_goals=(3.0, -0.25, 7.0, -0.25), eval_episodes=2, manager_period=3)
+    generator = torch.get_rng_state()
+    metrics = hiro.evaluate(env, manager, worker, args, seed=50)
+    assert torch.equal(generator, torch.get_rng_state())
+    assert len(set(seeds)) == 4
+    # an episode: the manager at steps 0 and 3; the worker is told what is left of (4, 0)
+    episode = [("manager", 0, 3, -0.25), ("worker", 0, 4, 0), ("worker", 1, 3, 0), ("worker", 2, 2, 0)]
+    episode += [("manager", 3, 3, -0.25), ("worker", 3, 4, 0)]
+    assert asked[:6] == episode
+    assert metrics["eval/success"] == 0.5 and metrics["eval/success_any"] == 1.0
+    assert (metrics["eval/success_goal0"], metrics["eval/success_goal1"]) == (0, 1)
+    assert metrics["eval/return"] == -10
+    assert metrics["eval/final_distance"] == pytest.approx((1.5 + 2.5) / 2)  # from x = 4.5
+    # periods of 3 m and 1 m of the wanted 4
+    assert metrics["eval/progress"] == pytest.approx(2) and metrics["eval/subgoal_distance"] == pytest.approx(2)
+    assert metrics["eval/subgoal_reached"] == 0 and metrics["eval/subgoal_length"] == pytest.approx(4)
+
+
+def test_period_metrics():
+    """Start, subgoal, end: 3 of 5 m in its direction and exactly there; sideways only."""
+    periods = [[0, 0, 3, 4, 3, 4], [1, 1, 2, 0, 1, 2]]
+    metrics = hiro.period_metrics("worker", periods, reached_radius=1.0)
+    assert metrics["worker/progress"] == pytest.approx((5 + 0) / 2)
+    assert metrics["worker/subgoal_distance"] == pytest.approx((0 + 5**0.5) / 2)
+    assert metrics["worker/subgoal_reached"] == 0.5
+    assert metrics["worker/subgoal_length"] == pytest.approx(3.5)
+    assert metrics["worker/subgoal_spread"] == pytest.approx((0.5 + 2) / 2)
+    assert hiro.period_metrics("worker", [], 1.0) == {}
