@@ -14,7 +14,8 @@ This is hiro.py with subgoals in x and y and, in the order in which they were pr
 
     every step:
         act, and store as in hiro.py
-        update_worker: critic_loss + gradient_penalty; every few: -q1 + rollout_planning_loss
+        update_worker: critics by critic_loss + gradient_penalty, several times;
+                       its actor once, by -q1, now and then + rollout_planning_loss
     every manager_period steps:
         update_manager: relabeled critic_loss; -q1 + adjacency_loss + landmark_loss towards target_landmarks
     at the end of an episode:
@@ -113,9 +114,7 @@ class Args:
     batch_size: int = 128  # rows per update
     learning_starts: Count = 500  # first steps only collect, with the untrained noisy policies
     worker_actor_every: int = 5  # worker critic updates per update of its actor
-    worker_critic_updates: int = (
-        1  # worker critic updates per environment step, until the gradient penalty acts
-    )
+    worker_critic_updates: int = 1  # per environment step, until the gradient penalty acts
     worker_critic_updates_with_penalty: int = 5  # the same once it does
 
     # --- Worker ---
@@ -138,9 +137,7 @@ class Args:
     adjacency_weight: float = 20.0  # weight of adjacency_loss in the manager's actor loss
     adjacency_factor: float = 0.5  # pairs up to int(factor x period) - 1 steps apart are adjacent
     adjacency_near: float = 1.0  # embedding distance below which adjacent cells are pulled
-    adjacency_far: float = (
-        1.2  # embedding distance above which other cells are pushed; hinge at the mean of both
-    )
+    adjacency_far: float = 1.2  # beyond it other cells are pushed; the manager's margin is the mean of both
     adjacency_every: Count = 50_000  # positions between trainings of the adjacency network
     adjacency_epochs: int = 25  # passes over all pairs of cells per training
     adjacency_batch_size: int = 64  # pairs per update
@@ -148,18 +145,14 @@ class Args:
 
     # --- Landmarks (HIGL section 4; ACLG: GCMR section IV) ---
     landmark_weight: float = 1.0  # weight of landmark_loss in the manager's actor loss
-    landmark_weight_before_planner: float = (
-        1.0  # times that; then it pulls subgoals to 0, as released. 0: off
-    )
-    landmark_space: Literal["goal", "adjacency"] = (
-        "goal"  # distance in x, y (ACLG) or in the embedding (HIGL)
-    )
+    landmark_weight_before_planner: float = 1.0  # factor until then, as released: pulls subgoals to 0
+    landmark_space: Literal["goal", "adjacency"] = "goal"  # in metres (ACLG) or embedded (HIGL)
     landmark_shift: float = 2.0  # m, the pseudo-landmark lies this far towards the landmark
     planner_starts: Count = 60_000  # environment steps
     coverage_landmarks: int = 60  # by farthest-point sampling
     coverage_pool: int = 1_000  # states from which they are taken
     novelty_landmarks: int = 60  # the most novel states, by random network distillation
-    novelty_radius: float = 0.2  # m, landmarks nearer than this to a visited place are dropped
+    novelty_radius: float = 0.2  # m, novelty landmarks nearer than this to a visited place are dropped
     novelty_lr: float = 1e-3  # Adam, of the predictor
     edge_cutoff: float = -38.0  # clip_v, edges with a lower value are cut
     direct_value: float = -10.0  # goal_thr, a goal whose direct edge is above is its own landmark
@@ -180,12 +173,8 @@ class Args:
     # --- Relabeling (GCMR section IV-B) ---
     model_relabeling: bool = True  # score candidates on model rollouts; off: on the recorded states (HIRO)
     rollout_weight: float = 0.95  # w, the i-th state is w^i recorded and 1 - w^i model
-    relabel_shift: float = (
-        20.0  # delta_sg, how far the subgoal moves towards the best candidate; 0: all the way
-    )
-    relabel_norm: Literal["batch", "sample"] = (
-        "batch"  # the shift's unit: norm of the batch (released) or row
-    )
+    relabel_shift: float = 20.0  # delta_sg, scales with sqrt(batch_size / 128); 0: hard relabeling
+    relabel_norm: Literal["batch", "sample"] = "batch"  # unit of the shift: norm over the batch or row
 
     # --- Gradient penalty (GCMR section IV-C) ---
     gradient_penalty_weight: float = 1.0  # lambda_gp
@@ -198,6 +187,7 @@ class Args:
     rollout_planning_every: int = 10  # worker actor updates
     rollout_planning_goals: int = 2  # goals per observation (released: 10); fewer only raise the variance
     rollout_planning_subgoals: int = 5  # subgoals per goal (released: 10)
+    rollout_planning_noise: float = 0.5  # std of those subgoals around the manager's, times half-range
 
     # --- Diagnostics ---
     reached_radius: float = 1.0  # m, a subgoal counts as reached when its period ends within this of it
@@ -239,7 +229,10 @@ PRESETS: dict[str, dict] = {
         "worker_buffer": 1_000_000,
         "manager_buffer": 1_000_000,
     },
-    "AntFall": {"source": "HRAC's subgoal space; no settings were published", "subgoal_space": "xyz"},
+    "AntFall": {"source": "no settings were published; HRAC's subgoal space", "subgoal_space": "xyz"},
+    "AntPush": {"source": "no settings were published; those of AntMaze-U"},
+    "AntFourRooms": {"source": "no settings were published; those of AntMaze-U"},
+    "AntGather": {"source": "no settings were published; no goals, so no landmarks", "landmark_weight": 0.0},
     "PointMaze-U": {
         "source": "released script of PointMaze-v1",
         "adjacency_factor": 0.7,
@@ -301,12 +294,17 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return args
 
 
+def uses_adjacency(args: Args) -> bool:
+    return args.adjacency_weight > 0 or (args.landmark_weight > 0 and args.landmark_space == "adjacency")
+
+
 def check_args(args: Args):
     """Refuse what makes no sense, with the reason."""
     spec = SPECS[args.env]
     if args.reward is not None and args.reward not in spec.rewards:
         fail(f"--reward {args.reward}: {args.env} has {', '.join(spec.rewards)}")
     positive = ("manager_period", "batch_size", "hidden", "worker_actor_every", "gradient_penalty_every")
+    positive += ("adjacency_epochs", "dynamics_members", "dynamics_first_updates", "dynamics_updates")
     for name in (*positive, "rollout_planning_every", "total_steps", "eval_every", "eval_episodes"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1")
@@ -324,10 +322,12 @@ def check_args(args: Args):
             f"--subgoal-space {args.subgoal_space} has {len(SUBGOAL_SPACES[args.subgoal_space])}; "
             "choose another or set --landmark-weight 0"
         )
-    if int(args.adjacency_factor * args.manager_period) < 2 and args.adjacency_weight > 0:
+    if int(args.adjacency_factor * args.manager_period) < 2 and uses_adjacency(args):
         fail("--adjacency-factor x --manager-period must be at least 2, or no two steps are adjacent")
     if args.landmark_weight > 0 and args.coverage_landmarks < 1:
         fail("--coverage-landmarks must be at least 1 while --landmark-weight is not 0")
+    if args.worker_buffer < spec.max_steps:
+        fail(f"--worker-buffer must hold an episode of {spec.max_steps} steps")
 
 
 # ------------------------------------------------------------------------------------------------- subgoals
@@ -616,7 +616,7 @@ class DynamicsEnsemble(nn.Module):
         self.trained_at = 0  # environment step of the last training; 0: not yet
 
     def forward(self, obs, action):
-        """[B, .] (rows for all) or [E, B, .] -> mean, log variance of the standardised change [E, B, .]"""
+        """[B, .] or [E, B, .] -> mean, log variance of the standardised change [E, B, .]"""
         x = (torch.cat([obs, action], -1) - self.input_mean) / (self.input_std + 1e-7)
         x = x.expand(len(self.layers[0].weight), *x.shape[-2:])
         x = F.silu(self.layers[0](x))
@@ -625,15 +625,15 @@ class DynamicsEnsemble(nn.Module):
         return mean, clamp_log_variance(log_var)
 
     def sample_delta(self, obs, action):
-        """A draw of s' - s, each row from one member at random. Differentiable. [B, .] -> [B, obs_dim]"""
+        """A draw of s' - s, each row from one member at random. Differentiable. [B, .] -> [B, obs_dim]
+
+        Rows are shuffled, dealt in equal blocks to the members (the last filled up with repetitions), and put
+        back in order, so that each row is computed once and not by all members.
+        """
         members, rows = len(self.layers[0].weight), len(obs)
-        order = torch.rand(
-            rows, device=obs.device
-        ).argsort()  # a random equal share of the rows for each member
-        index = torch.cat([order, order[: -rows % members]])
-        mean, log_var = self(
-            obs[index].unflatten(0, (members, -1)), action[index].unflatten(0, (members, -1))
-        )
+        order = torch.rand(rows, device=obs.device).argsort()
+        index = order.repeat(members)[: -(-rows // members) * members].view(members, -1)
+        mean, log_var = self(obs[index], action[index])
         delta = (mean + torch.randn_like(mean) * (0.5 * log_var).exp()).flatten(0, 1)[:rows]
         return delta[order.argsort()] * self.delta_std + self.delta_mean
 
@@ -642,18 +642,22 @@ class DynamicsEnsemble(nn.Module):
         return torch.clamp(obs + self.sample_delta(obs, action), *self.box())
 
     def box(self):
-        """All states seen, widened by half their range. (The released box grows with every training.)"""
-        return 1.5 * self.low - 0.5 * self.high, 1.5 * self.high - 0.5 * self.low
+        """All states seen, and half their range more on each side (the released box grows without end)."""
+        margin = 0.5 * (self.high - self.low)
+        return self.low - margin, self.high + margin
 
     @torch.no_grad()
     def fit_statistics(self, obs, action, delta):
         inputs = torch.cat([obs, action], -1)
-        self.input_mean.copy_(inputs.mean(0)), self.input_std.copy_(inputs.std(0))
-        self.delta_mean.copy_(delta.mean(0)), self.delta_std.copy_(delta.std(0) + 1e-7)
-        (
-            self.low.copy_(torch.minimum(self.low, obs.amin(0))),
-            self.high.copy_(torch.maximum(self.high, obs.amax(0))),
-        )
+        self.input_mean.copy_(inputs.mean(0))
+        self.input_std.copy_(inputs.std(0))
+        self.delta_mean.copy_(delta.mean(0))
+        self.delta_std.copy_(delta.std(0) + 1e-7)
+
+    @torch.no_grad()
+    def widen_box(self, obs):
+        self.low.copy_(torch.minimum(self.low, obs.amin(0)))
+        self.high.copy_(torch.maximum(self.high, obs.amax(0)))
 
     @torch.no_grad()
     def relative_error(self, obs, action, delta) -> float:
@@ -690,9 +694,11 @@ def train_dynamics(
     rows = torch.arange(len(buffer), device=buffer.rows.device)
     if len(buffer) > args.dynamics_rows:
         newest = (buffer.added - 1 - torch.arange(args.dynamics_rows // 5, device=rows.device)) % len(buffer)
-        rows = torch.cat([torch.randint(len(buffer), (args.dynamics_rows,), device=rows.device), newest])
+        random_rows = torch.randint(len(buffer), (args.dynamics_rows,), device=rows.device)
+        rows = torch.cat([random_rows, newest]).unique()  # no row on both sides of the split
     batch = buffer.unpack(buffer.rows[rows[torch.randperm(len(rows), device=rows.device)]])
     data = (batch.obs, batch.action, batch.next_obs - batch.obs)
+    dynamics.widen_box(torch.cat([batch.obs, batch.next_obs]))
     split = len(rows) // 5
     held_out, data = [x[:split] for x in data], [x[split:] for x in data]
     metrics = {"dynamics/error_before": dynamics.relative_error(*held_out)} if dynamics.trained_at else {}
@@ -768,6 +774,9 @@ def train_adjacency(adjacency: Adjacency, optimizer, args: Args) -> dict:
     cells = torch.tensor(list(adjacency.cells), dtype=torch.float32, device=device)
     labels = torch.from_numpy(adjacency.matrix).to(device, torch.float32)
     pairs = torch.triu_indices(len(cells), len(cells), 1, device=device)
+    adjacency.positions = 0
+    if pairs.shape[1] == 0:
+        return {}
     losses = []
     for _ in range(args.adjacency_epochs):
         order = pairs[:, torch.randperm(pairs.shape[1], device=device)]
@@ -777,11 +786,13 @@ def train_adjacency(adjacency: Adjacency, optimizer, args: Args) -> dict:
             loss = contrastive_loss(distance, labels[a, b], args)
             adam_step(optimizer, params, loss)
             losses.append(loss.detach())
-    adjacency.positions = 0
     return {"adjacency/loss": torch.stack(losses[-len(losses) // args.adjacency_epochs :]).mean()}
 
 
 # --------------------------------------------------------------------------------------------------- novelty
+
+
+EXACT = "donot_use_mm_for_euclid_dist"  # the product form of cdist errs by a millimetre
 
 
 class Novelty(nn.Module):
@@ -813,7 +824,10 @@ class Novelty(nn.Module):
         self.update_queue(obs, self.novelty(obs), args)
 
     def update_queue(self, obs, score, args: Args):
-        near = torch.cdist(self.obs[:, : self.dims], obs[:, : self.dims]) < args.novelty_radius
+        near = (
+            torch.cdist(self.obs[:, : self.dims], obs[:, : self.dims], compute_mode=EXACT)
+            < args.novelty_radius
+        )
         old = ~near.any(1)  # scores are never refreshed: a place that was visited again is no longer novel
         obs, score = torch.cat([self.obs[old], obs]), torch.cat([self.score[old], score])
         best = score.argsort(descending=True, stable=True)
@@ -821,7 +835,8 @@ class Novelty(nn.Module):
         self.obs, self.score = obs[best], score[best]
 
     def _load_from_state_dict(self, state, prefix, *rest):
-        self.obs, self.score = state[prefix + "obs"].clone(), state[prefix + "score"].clone()
+        for name in ("obs", "score"):  # the queue's length changes, so it cannot be copied in place
+            setattr(self, name, state[prefix + name].to(self.obs.device, copy=True))
         super()._load_from_state_dict(state, prefix, *rest)
 
 
@@ -888,6 +903,8 @@ def score_rollouts(worker: TD3, dynamics: DynamicsEnsemble, candidates, batch, h
         error = (batch.action_seq[:, i, None] - action.unflatten(0, (batch_size, count))) / worker.limit
         score = score - 0.5 * error.square().sum(-1) * (i < batch.length)[:, None]
         recorded = batch.obs_seq[:, i + 1].repeat_interleave(count, 0)
+        if i + 1 == batch.action_seq.shape[1]:
+            break
         weight = args.rollout_weight ** (i + 1)
         next_obs = torch.lerp(dynamics.predict_next(obs, action), recorded, weight)
         subgoal = subgoal_transition(obs[:, :dims], subgoal, next_obs[:, :dims]).clamp(
@@ -933,12 +950,14 @@ def farthest_point_sample(points, count: int):
 
     points [N, D]; distance is the mean of squares over D; stops early when all the rest is nearer than 1e-3.
     """
-    chosen = [0]
-    distance = (points - points[0]).square().mean(-1)
-    while len(chosen) < count and distance.max() >= 1e-3:
-        chosen.append(int(distance.argmax()))
+    chosen = [torch.zeros((), dtype=torch.long, device=points.device)]
+    distance, spread = (points - points[0]).square().mean(-1), []
+    for _ in range(min(count, len(points)) - 1):
+        spread.append(distance.max())
+        chosen.append(distance.argmax())
         distance = torch.minimum(distance, (points - points[chosen[-1]]).square().mean(-1))
-    return torch.tensor(chosen, device=points.device)
+    apart = torch.stack([torch.full_like(distance[0], torch.inf), *spread]) >= 1e-3
+    return torch.stack(chosen)[apart]
 
 
 def edge_values(worker: TD3, obs, targets):
@@ -953,8 +972,12 @@ def edge_values(worker: TD3, obs, targets):
 
 
 def clip_edges(edges, cutoff: float):
-    """Cut (by -1e6) edges [n, n + G] below the cutoff, but leave each node its best incoming one."""
+    """Cut edges [n, n + G] below the cutoff, but not the best one into each node, or nothing might reach it.
+
+    Cut is -1e6, not -inf: with no way left at all the least bad one is still the largest.
+    """
     itself = torch.eye(*edges.shape, dtype=torch.bool, device=edges.device)
+    edges = edges.double()
     best = edges.masked_fill(itself, -torch.inf).amax(0)  # [n + G]
     cut = edges < best.clamp(max=cutoff)
     return torch.where(cut, edges - 1e6, edges).masked_fill(itself, 0.0)
@@ -963,15 +986,13 @@ def clip_edges(edges, cutoff: float):
 def best_path_values(edges):
     """Values of the best paths over landmarks to each goal, exact. edges [n, n + G] -> [n, G]
 
-    Goals have no outgoing edges: Floyd and Warshall among the landmarks, then one hop. float64, as cut edges
-    are 1e6 away from the differences that count.
+    Floyd and Warshall; goals have no outgoing edges and are never passed through. float64, as cut edges are
+    1e6 away from the differences that count.
     """
-    n = len(edges)
-    edges = edges.double()
-    best = edges[:, :n].clone()
-    for k in range(n):
-        torch.maximum(best, best[:, k, None] + best[k], out=best)
-    return (best[:, :, None] + edges[None, :, n:]).amax(1)
+    best = edges.double()
+    for k in range(len(edges)):
+        best = torch.maximum(best, best[:, k, None] + best[k])
+    return best[:, len(edges) :]
 
 
 def soft_path_values(edges, heat: float, rounds: int = 20):
@@ -1014,14 +1035,13 @@ def plan_landmarks(worker: TD3, novelty: Novelty, buffer: ReplayBuffer, obs, goa
     landmark_obs = torch.cat([coverage, novelty.obs])  # [n, obs_dim]
     landmarks = landmark_obs[:, :dims]
     edges = clip_edges(edge_values(worker, landmark_obs, torch.cat([landmarks, goal])), args.edge_cutoff)
-    search = (
-        best_path_values(edges) if args.path_search == "exact" else soft_path_values(edges, args.path_heat)
-    )
-    to_landmarks = edge_values(worker, obs, landmarks)  # [B, n]
+    exact = args.path_search == "exact"
+    path_values = best_path_values(edges) if exact else soft_path_values(edges, args.path_heat)  # [n, B]
+    to_landmarks = edge_values(worker, obs, landmarks).double()  # [B, n]
     to_landmarks = torch.where(to_landmarks < args.edge_cutoff, to_landmarks - 1e6, to_landmarks)
     subgoal = goal - obs[:, :dims]
-    direct = worker.critic(obs, subgoal, worker.actor(obs, subgoal)).amin(0)
-    landmark = choose_landmarks(to_landmarks + search.T, direct, landmarks, goal, args.direct_value)
+    direct = worker.critic(obs, subgoal, worker.actor(obs, subgoal)).amin(0)  # the edge to the goal itself
+    landmark = choose_landmarks(to_landmarks + path_values.T, direct, landmarks, goal, args.direct_value)
     return shift_landmark(obs[:, :dims], landmark, args.landmark_shift)
 
 
@@ -1046,7 +1066,7 @@ def landmark_loss(adjacency: Adjacency, achieved, subgoal, target_landmark, args
 
 
 def gradient_penalty(worker: TD3, dynamics: DynamicsEnsemble, obs, subgoal, args: Args) -> tuple:
-    """Hinge on the critics' gradient by the action (GCMR section IV-C). Returns penalty, bound, mean norm.
+    """Hinge on the critics' gradient by the action (GCMR section IV-C). Returns it and numbers for the log.
 
     No Q function can change faster with the action than k = sqrt(A) L_r / (1 - gamma), where L_r is how fast
     the reward changes with it, according to the model. obs [B, obs_dim], subgoal [B, D].
@@ -1073,7 +1093,9 @@ def penalty_at(worker: TD3, dynamics: DynamicsEnsemble, obs, subgoal, action, ar
     q = worker.critic(obs.expand(2, *obs.shape), subgoal.expand(2, *subgoal.shape), twin_action)
     slope = torch.autograd.grad(q.sum(), twin_action, create_graph=True)[0]  # [2, B, A]
     norm = (slope.square().sum(-1) + 1e-12).sqrt()
-    return F.relu(norm - bound).square().sum(0).mean(), bound, norm.detach().mean()
+    diagnostics = {"worker/gradient_bound": bound, "worker/gradient_norm": norm.mean()}
+    diagnostics["worker/reward_slope"] = reward_slope
+    return F.relu(norm - bound).square().sum(0).mean(), diagnostics
 
 
 def rollout_planning_loss(manager: TD3, worker: TD3, dynamics: DynamicsEnsemble, obs, goal, args: Args):
@@ -1087,7 +1109,7 @@ def rollout_planning_loss(manager: TD3, worker: TD3, dynamics: DynamicsEnsemble,
     goal = goal[torch.rand(len(goal), device=goal.device).argsort()].repeat_interleave(subgoals, 0)
     with torch.no_grad():
         subgoal = manager.actor(obs, goal)
-        subgoal = subgoal + args.candidate_noise * manager.limit * torch.randn_like(subgoal)
+        subgoal = subgoal + args.rollout_planning_noise * manager.limit * torch.randn_like(subgoal)
         subgoal = subgoal.clamp(-manager.limit, manager.limit)
         noise = torch.randn_like(subgoal) * manager.target_noise
         noise = noise.clamp(-manager.target_noise_clip, manager.target_noise_clip)
@@ -1154,13 +1176,9 @@ def update_worker(
     critic_loss, q = worker.critic_loss(td_target, batch.obs, batch.subgoal, batch.action)
     losses = {"worker/critic_loss": critic_loss, "worker/q": q}
     if with_penalty:
-        penalty, bound, slope = gradient_penalty(worker, dynamics, batch.obs, batch.subgoal, args)
+        penalty, diagnostics = gradient_penalty(worker, dynamics, batch.obs, batch.subgoal, args)
         critic_loss = critic_loss + args.gradient_penalty_weight * penalty
-        losses |= {
-            "worker/gradient_penalty": penalty,
-            "worker/gradient_bound": bound,
-            "worker/gradient_norm": slope,
-        }
+        losses |= {"worker/gradient_penalty": penalty} | diagnostics
     worker.critic_step(critic_loss)
     worker.update_target_critic()
     if with_actor:
@@ -1543,8 +1561,8 @@ def main(args: Args):
         # ---- learn from all steps up to the last; a GPU does so while the CPU simulates the next one
         updates = step - args.learning_starts
         with fast_cpu_matmul(args, device):
-            with_penalty = dynamics.trained_at > 0 and args.gradient_penalty_weight > 0
-            repeat = args.worker_critic_updates_with_penalty if with_penalty else args.worker_critic_updates
+            penalized = dynamics.trained_at > 0 and args.gradient_penalty_weight > 0
+            repeat = args.worker_critic_updates_with_penalty if penalized else args.worker_critic_updates
             for _ in range(repeat if updates > 0 else 0):
                 due = counts.next(dynamics.trained_at > 0, args)
                 loop.losses |= update_worker(
@@ -1588,9 +1606,7 @@ def main(args: Args):
         )
         loop.episode_steps += 1
         loop.obs, loop.subgoal = next_obs, next_subgoal
-        if (
-            segment.length == 0 and not episode_over
-        ):  # the worker's value keeps the old target, unlike in HIRO
+        if segment.length == 0 and not episode_over:  # to act; the replay keeps the old target, unlike HIRO's
             loop.subgoal = loop.first_subgoal = manager.act(next_obs, goal, explore=True)
         loop.heights.append(info["torso_height"])
         loop.flips.append(info["upside_down"])
@@ -1602,14 +1618,15 @@ def main(args: Args):
                 states = torch.cat([episode.obs, episode.next_obs[-1:]])  # [T + 1, obs_dim]
                 if args.landmark_weight > 0:
                     novelty.visit(states, args)
-                    updates = loop.episode_steps
-                    loop.losses |= train_novelty(novelty, novelty_optimizer, worker_buffer, args, updates)
-                if args.adjacency_weight > 0 or args.landmark_space == "adjacency":
+                    loop.losses |= train_novelty(
+                        novelty, novelty_optimizer, worker_buffer, args, len(states) - 1
+                    )
+                if uses_adjacency(args):
                     adjacency.add_trajectory(states[:, :dims].cpu().numpy())
                     if adjacency.positions >= args.adjacency_every:
                         loop.losses |= train_adjacency(adjacency, adjacency_optimizer, args)
-                due = step >= args.dynamics_starts and step - dynamics.trained_at >= args.dynamics_every
-                if needs_model and due:
+                stale = not dynamics.trained_at or step - dynamics.trained_at >= args.dynamics_every
+                if needs_model and stale and step >= args.dynamics_starts:
                     loop.losses |= train_dynamics(dynamics, dynamics_optimizer, worker_buffer, args, step)
             loop.episode_steps = 0
             loop.obs, loop.goal = split_observation(env.reset()[0])
