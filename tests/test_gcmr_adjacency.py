@@ -53,7 +53,9 @@ def test_adjacent_cells_g2(factor, lags, within_a):
     adjacency.add_trajectory(PATH_A), adjacency.add_trajectory(PATH_B)
     assert set(adjacency.cells) == {(0, 0), (1, 0), (2, 0), (4, 0), (5, 0), (0, 2), (1, 2), (1, 1)}
     if within_a is None:
-        within_a = as_pairs(*(f"{a}-{b}" for a in "00 10 20 40 50".split() for b in "00 10 20 40 50".split() if a < b))
+        within_a = as_pairs(
+            *(f"{a}-{b}" for a in "00 10 20 40 50".split() for b in "00 10 20 40 50".split() if a < b)
+        )
         assert len(within_a) == 10
     assert neighbours(adjacency) == within_a | WITHIN_B
     assert adjacency.matrix.diagonal().all() and (adjacency.matrix == adjacency.matrix.T).all()
@@ -170,7 +172,7 @@ def test_hinge_leaves_the_network_alone():
     assert all(p.grad is None for p in adjacency.parameters())
 
 
-# ---------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------- training
 
 
 def corridor(length=14, factor=0.5, **settings):
@@ -251,7 +253,7 @@ def test_a_single_cell_gives_no_nan():
     assert all(np.isfinite(value) for value in metrics.values())
 
 
-# -------------------------------------------------------------------------------------------------- round trip
+# ----------------------------------------------------------------------------------------------- round trip
 
 
 def test_round_trip(tmp_path):

@@ -56,7 +56,9 @@ def test_loss_g10():
 
 def test_loss_is_least_at_the_true_variance():
     errors = torch.randn(1, 4000, 1, dtype=torch.float64) * 0.7
-    losses = {v: gcmr.dynamics_loss(errors, torch.full_like(errors, v), 0 * errors) for v in (-1.2, -0.7, -0.2)}
+    losses = {
+        v: gcmr.dynamics_loss(errors, torch.full_like(errors, v), 0 * errors) for v in (-1.2, -0.7, -0.2)
+    }
     assert min(losses, key=losses.get) == -0.7  # log 0.49 = -0.713
 
 
@@ -134,7 +136,9 @@ def test_draws_follow_the_mixture_of_members():
     assert draws.std() == pytest.approx(std, rel=0.02)
     # Gaussian noise, not the released uniform one: symmetric around each member's mean
     single = constant_members([0.0], [-1.0])
-    noise = single.sample_delta(torch.zeros(20_000, 1), torch.zeros(20_000, 1)).detach().double().numpy()[:, 0]
+    noise = (
+        single.sample_delta(torch.zeros(20_000, 1), torch.zeros(20_000, 1)).detach().double().numpy()[:, 0]
+    )
     std = np.exp(0.5 * gcmr.clamp_log_variance(torch.tensor(-1.0)).item())
     assert abs(noise.mean()) < 5 * std / 20_000**0.5
     assert noise.std() == pytest.approx(std, rel=0.02)
@@ -201,26 +205,39 @@ def test_gradient_flows_through_mean_and_noise_to_the_action():
 
 def test_box_is_the_range_widened_by_half_and_only_grows():
     ensemble = make_ensemble(2, 1)
-    zeros = torch.zeros(3, 1), torch.zeros(3, 2)
-    ensemble.fit_statistics(torch.tensor([[-2.0, 0.0], [4.0, 1.0], [0.0, 0.5]]), *zeros)
+    ensemble.widen_box(torch.tensor([[-2.0, 0.0], [4.0, 1.0], [0.0, 0.5]]))
     for _ in range(3):  # the released box grows with every training: -3..6, -4.5..9, -8.25..16.5
         low, high = ensemble.box()
         torch.testing.assert_close(low, torch.tensor([-5.0, -0.5]))
         torch.testing.assert_close(high, torch.tensor([7.0, 1.5]))
-        ensemble.fit_statistics(torch.tensor([[-2.0, 0.2], [4.0, 0.3], [1.0, 0.2]]), *zeros)
-    ensemble.fit_statistics(torch.tensor([[-1.0, 0.2], [6.0, 0.3], [1.0, 0.2]]), *zeros)  # 4 -> 6
+        ensemble.widen_box(torch.tensor([[-2.0, 0.2], [4.0, 0.3], [1.0, 0.2]]))
+    ensemble.widen_box(torch.tensor([[-1.0, 0.2], [6.0, 0.3], [1.0, 0.2]]))  # 4 -> 6
     torch.testing.assert_close(torch.stack(ensemble.box()), torch.tensor([[-6.0, -0.5], [10.0, 1.5]]))
 
 
 def test_predictions_stay_in_the_box():
     ensemble = constant_members([50.0, -50.0], [0.0, 0.0])
-    ensemble.fit_statistics(torch.tensor([[0.0], [2.0]]), torch.zeros(2, 1), torch.tensor([[1.0], [-1.0]]))
+    ensemble.widen_box(torch.tensor([[0.0], [2.0]]))
     obs = torch.full((200, 1), 1.0)
     after = ensemble.predict_next(obs, torch.zeros(200, 1))
     assert set(after[:, 0].tolist()) == {-1.0, 3.0}
     ensemble = constant_members([0.0, 0.0], [-30.0, -30.0])  # inside: the old state and the change
+    ensemble.widen_box(torch.tensor([[0.0], [2.0]]))
     ensemble.fit_statistics(torch.tensor([[0.0], [2.0]]), torch.zeros(2, 1), torch.tensor([[0.4], [0.6]]))
     torch.testing.assert_close(ensemble.predict_next(obs, obs * 0), obs + 0.5, rtol=0, atol=0.01)
+
+
+def test_training_widens_the_box_by_all_states_also_the_last():
+    """Held-out rows and the states after the last steps count too."""
+    ensemble, args = make_ensemble(), make_args(dynamics_first_updates=1, dynamics_batch_size=16)
+    optimizer, buffer = torch.optim.Adam(ensemble.parameters(), 1e-3), linear_buffer(50)
+    gcmr.train_dynamics(ensemble, optimizer, buffer, args, 1)
+    states = np.concatenate(
+        [buffer.unpack(buffer.rows).obs.numpy(), buffer.unpack(buffer.rows).next_obs.numpy()]
+    )
+    low, high = states.min(0), states.max(0)
+    np.testing.assert_allclose(ensemble.box()[0], low - (high - low) / 2, rtol=1e-5)
+    np.testing.assert_allclose(ensemble.box()[1], high + (high - low) / 2, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------- training
@@ -271,8 +288,12 @@ def test_training_learns_a_linear_system(trained):
     obs, action, delta = linear_data(1000, seed=99)
     error = trained.model.relative_error(obs, action, delta)
     assert error < 0.05
-    prediction = trained.model(obs, action)[0].detach().mean(0) * trained.model.delta_std + trained.model.delta_mean
-    naive = np.mean([np.mean((prediction - delta)[:, d].numpy() ** 2) / np.var(delta[:, d].numpy()) for d in range(4)])
+    prediction = (
+        trained.model(obs, action)[0].detach().mean(0) * trained.model.delta_std + trained.model.delta_mean
+    )
+    naive = np.mean(
+        [np.mean((prediction - delta)[:, d].numpy() ** 2) / np.var(delta[:, d].numpy()) for d in range(4)]
+    )
     assert error == pytest.approx(naive, rel=0.01)
 
 
@@ -324,8 +345,9 @@ def test_rows_of_a_training(monkeypatch):
     buffer = linear_buffer(700, capacity=600)  # the ring has wrapped
     gcmr.train_dynamics(ensemble, optimizer, buffer, args, 50)
     (data, held_out) = seen
-    assert len(data[0]) == 96 and len(held_out[0]) == 24
     used = torch.cat([data[0], held_out[0]])
+    assert 90 < len(used) <= 120 and len(used.unique(dim=0)) == len(used)  # nothing on both sides
+    assert len(held_out[0]) == len(used) // 5
     newest = linear_data(700)[0][-20:]
     assert all((used == row).all(1).any() for row in newest)  # every one of them
     forgotten = linear_data(700)[0][:100]

@@ -66,12 +66,14 @@ def test_transition_keeps_the_target_and_is_not_clipped():
 def test_reward_uses_every_dimension_and_batches():
     rng = np.random.default_rng(1)
     achieved, subgoal, after = (rng.normal(size=(7, 4)) for _ in range(3))
-    naive = [-sum((achieved[i, d] + subgoal[i, d] - after[i, d]) ** 2 for d in range(4)) ** 0.5 for i in range(7)]
+    naive = [
+        -(sum((achieved[i, d] + subgoal[i, d] - after[i, d]) ** 2 for d in range(4)) ** 0.5) for i in range(7)
+    ]
     np.testing.assert_allclose(gcmr.intrinsic_reward(achieved, subgoal, after), naive, atol=1e-6)
 
 
 def test_values_of_stored_pairs_g1():
-    """Distances 3, 2, 1, 0.5 to the target: the pair's return, and that of the released record by identity."""
+    """Distances 3, 2, 1, 0.5 to the target: the pair's return, and the released record's."""
     path = np.array([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [2.5, 0.0]])
     subgoal, value, released = np.array([3.0, 0.0]), 0.0, 0.0
     for t in range(3):
@@ -312,7 +314,7 @@ def test_a_perfect_model_gives_the_plain_score(weight):
 
 
 def test_scores_do_not_see_where_the_walk_was():
-    """The same walk elsewhere scores the same: only a mask of entries 0, 1 and relative subgoals allow that."""
+    """The same walk elsewhere scores the same, thanks to masked entries 0, 1 and relative subgoals."""
     torch.manual_seed(0)
     obs_seq, action_seq = torch.randn(9, 11, 6), torch.randn(9, 10, 3)
     candidates = torch.randn(9, 5, 2) * 4

@@ -21,7 +21,10 @@ ACTIONS = [[1, 0.5], [0.5, 0.5], [0.5, 0.25]]
 def example(actions=ACTIONS, length=3, subgoal=(0, 2)):
     """Three steps to (2, 2)."""
     return SimpleNamespace(
-        obs_seq=tensor(STATES), action_seq=tensor(actions), length=tensor(length), subgoal=tensor(list(subgoal))
+        obs_seq=tensor(STATES),
+        action_seq=tensor(actions),
+        length=tensor(length),
+        subgoal=tensor(list(subgoal)),
     )
 
 
@@ -88,7 +91,9 @@ def test_relabeling_the_example(monkeypatch):
 def test_draws_are_clipped(monkeypatch):
     """(12, 3) + 5 x (0.5, -1) = (14.5, -2), clipped to (10, -2); and so is the displacement."""
     monkeypatch.setattr(torch, "randn", lambda *shape, device: tensor(0.5, -1).expand(shape))
-    candidates = hiro.make_candidates(tensor([1, 2]), tensor([12, 3]), tensor(10, 10), hiro.Args(candidates=4))
+    candidates = hiro.make_candidates(
+        tensor([1, 2]), tensor([12, 3]), tensor(10, 10), hiro.Args(candidates=4)
+    )
     assert sorted(candidates[0].tolist()) == [[1, 2], [10, -2], [10, -2], [10, 3]]
 
 
@@ -229,7 +234,9 @@ def test_fun_relabeling():
     """One draw of a tenth of the half-range around the displacement, neither scored nor clipped."""
     torch.manual_seed(0)
     batch = example()
-    batch = SimpleNamespace(**{name: value.expand(20_000, *value.shape[1:]) for name, value in vars(batch).items()})
+    batch = SimpleNamespace(
+        **{name: value.expand(20_000, *value.shape[1:]) for name, value in vars(batch).items()}
+    )
     draws = hiro.relabel_subgoals(None, batch, tensor(1.5, 0.5), hiro.Args(relabeling="fun"))
     assert draws.mean(0).tolist() == pytest.approx([2, 2], abs=0.01)  # beyond the half-range
     assert draws.std(0).tolist() == pytest.approx([0.15, 0.05], rel=0.05)

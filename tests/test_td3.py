@@ -79,8 +79,12 @@ def test_initialisation(level):
     for net in (agent.actor, agent.critic):
         for weight, bias in linear_layers(net):
             last = weight.shape[1] in (1, 8, 15)
-            bound = 0.003 if last else {30 + 2: 0.176777, 45: 0.149071, 53: 0.137361, 47: 0.145865}.get(
-                weight.shape[0], 0.057735
+            bound = (
+                0.003
+                if last
+                else {30 + 2: 0.176777, 45: 0.149071, 53: 0.137361, 47: 0.145865}.get(
+                    weight.shape[0], 0.057735
+                )
             )
             assert weight.abs().max() <= bound + 1e-6
             assert weight.abs().max() > 0.95 * bound  # all of the range is used
@@ -131,13 +135,17 @@ def test_networks_by_hand():
     torch.manual_seed(0)
     agent = make_td3(mask=1)
     obs, goal, action = random_batch(agent, rows=5)
-    layers = [(w.detach().double().numpy(), b.detach().double().numpy()) for w, b in linear_layers(agent.critic)]
+    layers = [
+        (w.detach().double().numpy(), b.detach().double().numpy()) for w, b in linear_layers(agent.critic)
+    ]
     twins = (layers[0::2], layers[1::2])  # layer 0 of both, layer 1 of both, ...
     q, q1 = agent.critic(obs, goal, action), agent.critic.q1(obs, goal, action)
     twin_input = (torch.stack([x, 2 * x]) for x in (obs, goal, action))
     q_of_two = agent.critic(*twin_input)
     actions = agent.actor(obs, goal)
-    actor_layers = [(w.detach().double().numpy(), b.detach().double().numpy()) for w, b in linear_layers(agent.actor)]
+    actor_layers = [
+        (w.detach().double().numpy(), b.detach().double().numpy()) for w, b in linear_layers(agent.actor)
+    ]
     assert q.shape == q_of_two.shape == (2, 5) and q1.shape == (5,)
     for row in range(5):
         x = np.concatenate([obs[row], goal[row], action[row]]).astype(float)
@@ -191,7 +199,9 @@ def with_noise(monkeypatch, *z):
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.tensor(z, dtype=x.dtype).expand_as(x))
 
 
-@pytest.mark.parametrize("mean, limit, noisy", [((29.5, 0), (30, 30), (30, -2)), ((9.5, 0.4), (10, 0.5), (10, -0.5))])
+@pytest.mark.parametrize(
+    "mean, limit, noisy", [((29.5, 0), (30, 30), (30, -2)), ((9.5, 0.4), (10, 0.5), (10, -0.5))]
+)
 def test_exploration(monkeypatch, mean, limit, noisy):
     with_noise(monkeypatch, 1.0, -2.0)
     agent = SimpleNamespace(actor=lambda obs, goal: tensor(mean), limit=tensor(*limit), noise=1.0)
@@ -268,7 +278,9 @@ def test_critic_loss():
     assert gradient.flatten().tolist() == pytest.approx([-0.15, 0.5, 0.1, 0.25])
     for error, value in ((0.3, 0.045), (1.0, 0.5), (2.5, 2.0), (-2.5, 2.0)):
         agent.critic = lambda obs, goal, action, error=error: torch.full((2, 3), error)
-        assert hiro.TD3.critic_loss(agent, torch.zeros(3), None, None, None)[0].item() == pytest.approx(2 * value)
+        assert hiro.TD3.critic_loss(agent, torch.zeros(3), None, None, None)[0].item() == pytest.approx(
+            2 * value
+        )
 
 
 def test_polyak():
@@ -479,7 +491,9 @@ def test_update_counts(toy_run, monkeypatch):
     toy_run(hiro, 140, ToyEnv(), learning_starts=40)
     assert count == {"worker": 100, "worker actor": 50, "manager": 10, "manager actor": 5}
     count.update(dict.fromkeys(count, 0))
-    toy_run(hiro, 140, ToyEnv(), learning_starts=40, manager_period=5, worker_actor_every=4, manager_actor_every=3)
+    toy_run(
+        hiro, 140, ToyEnv(), learning_starts=40, manager_period=5, worker_actor_every=4, manager_actor_every=3
+    )
     assert count == {"worker": 100, "worker actor": 25, "manager": 20, "manager actor": 6}
 
 
@@ -511,11 +525,15 @@ def test_replay_buffer():
     assert len(buffer) == 0
     entries = []
     for i in range(7):
-        entries.append({"reward": 0.5 * i, "sequence": np.arange(4.0).reshape(2, 2) + i, "obs": np.full(3, 10.0 * i)})
+        entries.append(
+            {"reward": 0.5 * i, "sequence": np.arange(4.0).reshape(2, 2) + i, "obs": np.full(3, 10.0 * i)}
+        )
         buffer.add(**entries[-1])
         assert len(buffer) == min(i + 1, 5)
         batch = buffer.sample(64)
-        assert batch.obs.shape == (64, 3) and batch.sequence.shape == (64, 2, 2) and batch.reward.shape == (64,)
+        assert (
+            batch.obs.shape == (64, 3) and batch.sequence.shape == (64, 2, 2) and batch.reward.shape == (64,)
+        )
         assert all(x.dtype == torch.float32 for x in (batch.obs, batch.sequence, batch.reward))
         seen = set()
         for obs, sequence, reward in zip(batch.obs, batch.sequence, batch.reward):

@@ -1,0 +1,239 @@
+"""Stopping and going on: bit for bit, and never without a whole checkpoint."""
+
+import csv
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from conftest import REFERENCE, TINY, read_rows
+
+STOP_AT = 557  # in the middle of the second episode and of a segment, after evaluations at 250 and 500
+
+# Before the script starts: what a training environment does at its n-th step.
+AT_STEP = """
+import common_envs, os, signal
+step, count = common_envs.AntEnv.step, [0]
+def counting_step(env, action):
+    count[0] += not env.evaluate
+    if count[0] == {n} and not env.evaluate:
+        {do}
+    return step(env, action)
+common_envs.AntEnv.step = counting_step
+"""
+SIGTERM = "os.kill(os.getpid(), signal.SIGTERM)"
+CRASH = "os._exit(9)"
+
+
+@pytest.fixture(scope="session")
+def stopped(script, train, tmp_path_factory):
+    """The folder of the reference run, stopped by SIGTERM during a step; what was printed."""
+    folder = tmp_path_factory.mktemp(f"stopped_{script}")
+    env, flags = REFERENCE
+    result = train(script, env, folder, *flags, before=AT_STEP.format(n=STOP_AT, do=SIGTERM))
+    return folder, result
+
+
+def tensors(tree, name=""):
+    """Every number and tensor in a checkpoint, by its path."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from tensors(value, f"{name}/{key}")
+    elif isinstance(tree, list | tuple):
+        for index, value in enumerate(tree):
+            yield from tensors(value, f"{name}/{index}")
+    else:
+        yield name, tree
+
+
+def same_model(a, b):
+    """Networks, targets and optimisers, bit for bit."""
+    a, b = (dict(tensors(torch.load(path, weights_only=True))) for path in (a, b))
+    a, b = ({name: x for name, x in t.items() if not name.startswith("/args")} for t in (a, b))
+    assert a.keys() == b.keys() and sum(torch.is_tensor(x) for x in a.values()) > 40
+    for name, x in a.items():
+        assert torch.equal(x, b[name]) if torch.is_tensor(x) else x == b[name], name
+
+
+def same_run(folder, reference):
+    assert read_rows(folder) == read_rows(reference)
+    same_model(folder / "model.pt", reference / "model.pt")
+    times = [float(row["time"]) for row in read_rows(folder, times=True)]
+    assert times == sorted(times)
+
+
+def test_sigterm_saves_and_ends_well(stopped, script):
+    folder, result = stopped
+    assert result.code == 0 and "Traceback" not in result.err
+    assert f"--resume {folder / 'checkpoint.pt'}" in result.out
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["loop"]["step"] == STOP_AT
+    assert [row["step"] for row in read_rows(folder)] == ["250", "500"]
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_resumed_run_is_the_same_run(stopped, script, run, reference, tmp_path):
+    """In its own folder, by default; only the number of steps is needed, the rest is in the file."""
+    folder = shutil.copytree(stopped[0], tmp_path / "run")
+    run(script, "--resume", folder / "checkpoint.pt")
+    same_run(folder, reference)
+
+
+def test_run_after_a_crash_is_the_same_run(script, train, run, reference, tmp_path):
+    """Killed at step 780 with a checkpoint of 557: the row of step 750 is written a second time."""
+    env, flags = REFERENCE
+    crash = AT_STEP.format(n=780, do=CRASH)
+    result = train(script, env, tmp_path, *flags, "--save-every", STOP_AT, before=crash, ok=False)
+    assert result.code == 9, result.err
+    assert [row["step"] for row in read_rows(tmp_path)] == ["250", "500", "750"]
+    lines = (tmp_path / "progress.csv").read_text().splitlines()
+    lines[-1] = lines[-1].replace("750,", "750,9", 1)  # "time" tells which one stays
+    (tmp_path / "progress.csv").write_text("\n".join(lines) + "\n")
+    run(script, "--resume", tmp_path / "checkpoint.pt")
+    same_run(tmp_path, reference)
+    assert float(read_rows(tmp_path, times=True)[2]["time"]) < 90
+
+
+def test_ant_resumes(train, run, tmp_path):
+    """MuJoCo's state with contacts, and an environment that draws random numbers in each step."""
+    flags = ("--total-steps", 200, "--eval-every", 200, "--worker-noise", 10)
+    train("hiro", "AntMaze-UStochastic", tmp_path / "whole", *flags)
+    train("hiro", "AntMaze-UStochastic", tmp_path / "part", *flags, before=AT_STEP.format(n=127, do=SIGTERM))
+    run("hiro", "--resume", tmp_path / "part" / "checkpoint.pt")
+    same_run(tmp_path / "part", tmp_path / "whole")
+
+
+# ---------------------------------------------------------------------------------------- what is refused
+
+
+def refused(result, script):
+    assert result.code not in (0, None)
+    assert result.err.startswith(f"{script}.py: error: ") and result.err.count("\n") == 1, result.err
+    return result.err
+
+
+def test_files_that_do_not_resume(stopped, script, run, tmp_path):
+    folder, _ = stopped
+    whole = (folder / "checkpoint.pt").read_bytes()
+    for name, content in (("half.pt", whole[: len(whole) // 2]), ("garbage.pt", b"no checkpoint" * 50)):
+        (tmp_path / name).write_bytes(content)
+        assert name in refused(run(script, "--resume", tmp_path / name, ok=False), script)
+    shutil.copy(folder / "model.pt", tmp_path)
+    text = refused(run(script, "--resume", tmp_path / "model.pt", "--total-steps", 2000, ok=False), script)
+    assert "networks only" in text and "checkpoint.pt" in text
+
+
+def test_settings_cannot_change_in_a_resumed_run(stopped, script, run, tmp_path):
+    shutil.copy(stopped[0] / "checkpoint.pt", tmp_path)
+    for flags, word in (
+        (("--worker-gamma", 0.5), "worker_gamma"),
+        (("--env", "AntMaze-U"), "env"),
+        (("--total-steps", 300), "--total-steps"),  # lies behind
+    ):
+        text = refused(run(script, "--resume", tmp_path / "checkpoint.pt", *flags, ok=False), script)
+        assert word in text
+
+
+def test_folder_that_cannot_be_written(script, run, tmp_path):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "run"
+    assert "--run-dir" in refused(run(script, "--run-dir", folder, ok=False), script)
+
+
+# -------------------------------------------------------------------------------------------- bad moments
+
+
+class Part:
+    def __init__(self, value):
+        self.value = value
+
+    def state_dict(self):
+        return {"value": torch.full((1000,), self.value)}
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")]
+)
+@pytest.mark.parametrize("moment", ["write", "fsync", "rename"])
+def test_full_disk(module, monkeypatch, tmp_path, error, moment):
+    """One line; the older file is whole and nothing lies around."""
+    path = tmp_path / "checkpoint.pt"
+    module.save_checkpoint({"part": Part(1.0)}, module.Args(), path)
+
+    def half_written(state, file):
+        file.write(b"PK" + bytes(5000))
+        raise error
+
+    def fails(*inputs):
+        raise error
+
+    with monkeypatch.context() as patch:
+        if moment == "write":
+            patch.setattr(torch, "save", half_written)
+        else:
+            patch.setattr(module.os, {"fsync": "fsync", "rename": "replace"}[moment], fails)
+        with pytest.raises(SystemExit) as stop:
+            module.save_checkpoint({"part": Part(2.0)}, module.Args(), path)
+    assert stop.value.code.startswith(f"{module.SCRIPT}.py: error: ") and "\n" not in stop.value.code
+    assert str(path) in stop.value.code
+    assert torch.load(path, weights_only=True)["part"]["value"][0] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+    module.save_checkpoint({"part": Part(3.0)}, module.Args(), path)  # there is room again
+    assert torch.load(path, weights_only=True)["part"]["value"][0] == 3
+
+
+def test_progress_survives_a_crash_while_it_is_written(module, monkeypatch, tmp_path):
+    path = tmp_path / "progress.csv"
+    module.append_row(path, {"step": 10, "a": 1.5})
+
+    def crash(*inputs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(csv.DictWriter, "writerows", crash)
+        with pytest.raises(KeyboardInterrupt):
+            module.append_row(path, {"step": 20, "a": 2.5})
+    assert read_rows(tmp_path) == [{"step": "10", "a": "1.5"}]
+    module.append_row(path, {"step": 20, "a": 2.5, "b": 3.0})  # a column that is new
+    module.append_row(path, {"step": 30, "b": 4.0})
+    module.append_row(path, {"step": 20, "a": 7.0, "b": 5.0})  # a resumed run
+    assert read_rows(tmp_path) == [
+        {"step": "10", "a": "1.5", "b": ""},
+        {"step": "20", "a": "7.0", "b": "5.0"},
+    ]
+
+
+def test_kill_at_any_moment(script, start, run, tmp_path):
+    """SIGKILL while checkpoints are written all the time: whichever is there is whole, and resumes."""
+    flags = [
+        "--env",
+        "PointMaze-U",
+        *TINY,
+        "--total-steps",
+        100_000,
+        "--eval-every",
+        100_000,
+        "--save-every",
+        2,
+    ]
+    flags += ["--hidden", 8, "--worker-buffer", 600, "--manager-buffer", 50, "--run-dir", tmp_path]
+    checkpoint, step = tmp_path / "checkpoint.pt", 0
+    rng = random.Random(0)
+    for repetition in range(5):
+        more = ["--resume", checkpoint, "--run-dir", tmp_path] if repetition else flags
+        before = checkpoint.stat().st_mtime_ns if repetition else 0
+        job = start(script, *more)
+        job.wait_for(checkpoint)
+        end = time.time() + 60
+        while checkpoint.stat().st_mtime_ns == before and time.time() < end:
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.2)
+        job.process.kill()
+        job.process.join()
+        assert job.process.exitcode == -signal.SIGKILL, job.err.read_text()
+        state = torch.load(checkpoint, weights_only=True)
+        assert state["loop"]["step"] > step and state["loop"]["step"] % 2 == 0
+        step = state["loop"]["step"]
+    run(script, "--resume", checkpoint, "--total-steps", step + 3, "--eval-every", 100_000)
+    assert [row["step"] for row in read_rows(tmp_path)] == [str(step + 3)]

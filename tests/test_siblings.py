@@ -1,0 +1,116 @@
+"""Each script stands alone, so they share by copies, and copies must stay equal."""
+
+import ast
+import difflib
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, SCRIPTS
+
+# Defined in more than one script with the same text; Class.method where the rest of the class differs.
+SHARED = """
+SCRIPT FORMAT STOP_SIGNALS RESUME_MAY_CHANGE Count fail parse_args
+subgoal_transition intrinsic_reward
+EnsembleLinear init_output_ Actor Critic in_blocks adam_step TD3
+ReplayBuffer.__init__ ReplayBuffer.__len__ ReplayBuffer.add ReplayBuffer.sample ReplayBuffer.unpack
+ReplayBuffer.state_dict ReplayBuffer.load_state_dict
+Segment score_candidates
+period_metrics split_observation evaluate
+describe_run append_row to_tensors log_row check_finite save_checkpoint load_checkpoint load_parts freeze_run
+fast_cpu_matmul load_run make_agents make_buffers make_run_dir
+""".split()
+# What a method is about: the same name, another text.
+DIFFERENT = """
+Args PRESETS FULL SUBGOAL_SPACES check_args ReplayBuffer make_candidates relabel_subgoals update_worker
+update_manager main
+""".split()
+ALLOWED = {*sys.stdlib_module_names, "numpy", "torch", "tyro", "tqdm", "gymnasium", "mujoco", "common_envs"}
+
+
+def definitions(script):
+    """Source text of every top-level name, and of the methods of classes."""
+    source = (ROOT / f"{script}.py").read_text()
+    lines, found = source.splitlines(), {}
+
+    def text(node):
+        first = min([node.lineno] + [d.lineno for d in getattr(node, "decorator_list", [])])
+        return "\n".join(lines[first - 1 : node.end_lineno])
+
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = text(node)
+        if isinstance(node, ast.ClassDef):
+            methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+            found |= {f"{node.name}.{method.name}": text(method) for method in methods}
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            for target in getattr(node, "targets", None) or [node.target]:
+                found[target.id] = text(node)
+    return found
+
+
+DEFINITIONS = {script: definitions(script) for script in SCRIPTS}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_copies_are_equal(name):
+    owners = [script for script in SCRIPTS if name in DEFINITIONS[script]]
+    assert owners, f"{name} is nowhere"
+    for one, other in itertools.pairwise(owners):
+        a, b = (DEFINITIONS[script][name].splitlines() for script in (one, other))
+        assert a == b, "\n".join(difflib.unified_diff(a, b, one, other, lineterm=""))
+
+
+def test_every_common_name_is_listed():
+    """So that nobody forgets a new function that two scripts have."""
+    counts = [name for found in DEFINITIONS.values() for name in found if "." not in name]
+    common = {name for name in counts if counts.count(name) > 1}
+    assert common <= {*SHARED, *DIFFERENT}
+    assert not set(SHARED) & set(DIFFERENT)
+
+
+def imports(tree):
+    """Names of imported packages."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0  # no package here
+            yield node.module.split(".")[0]
+
+
+def test_imports(script):
+    tree = ast.parse((ROOT / f"{script}.py").read_text())
+    inside = {
+        name
+        for f in ast.walk(tree)
+        if isinstance(f, ast.FunctionDef)
+        for name in imports(f)
+        if name == "wandb"
+    }
+    everywhere = set(imports(tree))
+    assert everywhere - {"wandb"} <= ALLOWED
+    assert "wandb" in inside
+    top = set(imports(ast.Module([node for node in tree.body if not isinstance(node, ast.FunctionDef)], [])))
+    assert "wandb" not in top
+    assert not everywhere & {"hiro", "cher", "aclg_gcmr"}
+
+
+def test_common_envs_needs_no_torch():
+    packages = set(imports(ast.parse((ROOT / "common_envs.py").read_text())))
+    assert packages <= {*sys.stdlib_module_names, "numpy", "gymnasium", "mujoco"}
+
+
+def test_a_copy_with_the_environments_is_enough(script, tmp_path):
+    for name in (f"{script}.py", "common_envs.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, f"{script}.py", "--help"]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    assert "--manager-period" in result.stdout
