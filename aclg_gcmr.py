@@ -100,6 +100,12 @@ class Args:
     mask_xy: bool = True  # hide obs entries 0, 1 (position) from the worker
     manager_reward_scale: float = 0.1  # factor on the sum of environment rewards of a segment
     worker_reward_scale: float = 1.0  # factor on the worker's reward
+    random_subgoals: float = (
+        0.0  # share of subgoals drawn uniformly; not in the paper, diversity for the worker
+    )
+    worker_looks_ahead: bool = (
+        False  # HIRO's way: its value at a period's end is for the manager's next subgoal
+    )
     time_limit_is_terminal: bool = False  # the released code's way; False bootstraps through time limits
     candidates: int = 12  # K, of which one is the stored subgoal and one the displacement
     candidate_noise: float = 0.5  # std of the drawn candidates around the displacement, times half-range
@@ -112,7 +118,10 @@ class Args:
     critic_weight_decay: float = 1e-4  # Adam's L2 term
     tau: float = 0.005  # step of the target networks
     batch_size: int = 128  # rows per update
-    learning_starts: Count = 500  # first steps only collect, with the untrained noisy policies
+    learning_starts: Count = 500  # first steps only collect
+    uniform_warmup: bool = (
+        False  # they do so uniformly at random at both levels, not by the untrained policies
+    )
     worker_actor_every: int = 5  # worker critic updates per update of its actor
     worker_critic_updates: int = 1  # per environment step, until the gradient penalty acts
     worker_critic_updates_with_penalty: int = 5  # the same once it does
@@ -157,6 +166,7 @@ class Args:
     edge_cutoff: float = -38.0  # clip_v, edges with a lower value are cut
     direct_value: float = -10.0  # goal_thr, a goal whose direct edge is above is its own landmark
     path_search: Literal["exact", "soft"] = "exact"  # "soft": the released 20 rounds of soft value iteration
+    planner_bfloat16: bool = False  # score edges in bfloat16: 1.6 times as fast, 98 % equal choices
     path_heat: float = 0.9  # inverse temperature of "soft"
 
     # --- Dynamics model (GCMR section IV-A) ---
@@ -186,7 +196,7 @@ class Args:
     rollout_planning_weight: float = 5e-4  # lambda_osrp
     rollout_planning_every: int = 10  # worker actor updates
     rollout_planning_goals: int = 2  # goals per observation (released: 10); fewer only raise the variance
-    rollout_planning_subgoals: int = 5  # subgoals per goal (released: 10)
+    rollout_planning_subgoals: int = 2  # subgoals per goal (released: 10)
     rollout_planning_noise: float = 0.5  # std of those subgoals around the manager's, times half-range
 
     # --- Diagnostics ---
@@ -234,10 +244,13 @@ PRESETS: dict[str, dict] = {
     "AntFourRooms": {"source": "no settings were published; those of AntMaze-U"},
     "AntGather": {"source": "no settings were published; no goals, so no landmarks", "landmark_weight": 0.0},
     "PointMaze-U": {
-        "source": "released script of PointMaze-v1",
+        "source": "released script of PointMaze-v1; adjacency, model and planner start early, for runs of minutes",
         "adjacency_factor": 0.7,
         "rollout_planning_weight": 5e-5,
-        "total_steps": 500_000,
+        "adjacency_every": 10_000,
+        "dynamics_starts": 10_000,
+        "planner_starts": 15_000,
+        "total_steps": 60_000,
     },
 }
 
@@ -423,7 +436,7 @@ def in_blocks(function, *tensors, rows: int = 1024):
 def adam_step(optimizer, params: list, loss):
     """One step of these parameters on any loss; no other network's gradient is computed or touched."""
     for param, grad in zip(params, torch.autograd.grad(loss, params)):
-        param.grad = grad
+        param.grad = grad.contiguous()  # easy to overlook: fused Adam ignores the strides of a transposed one
     optimizer.step()
 
 
@@ -503,6 +516,13 @@ class TD3:
         ):  # the file may come from another device
             for group in optimizer.param_groups:
                 group["capturable"] = self.limit.is_cuda
+
+
+def explore(agent: TD3, obs, goal, random_share: float):
+    """The noisy policy's action, or with the given chance one that is uniform within the limit."""
+    if random_share == 0 or (random_share < 1 and torch.rand(()) >= random_share):
+        return agent.act(obs, goal, explore=True)
+    return ((2 * torch.rand_like(agent.limit) - 1) * agent.limit).cpu().numpy()
 
 
 # --------------------------------------------------------------------------------------------------- replay
@@ -627,14 +647,16 @@ class DynamicsEnsemble(nn.Module):
     def sample_delta(self, obs, action):
         """A draw of s' - s, each row from one member at random. Differentiable. [B, .] -> [B, obs_dim]
 
-        Rows are shuffled, dealt in equal blocks to the members (the last filled up with repetitions), and put
-        back in order, so that each row is computed once and not by all members.
+        Rows are shuffled, dealt to the members in turn (the last round filled up with repetitions), and put back
+        in order, so that each row is computed once and not by all members.
         """
         members, rows = len(self.layers[0].weight), len(obs)
         order = torch.rand(rows, device=obs.device).argsort()
-        index = order.repeat(members)[: -(-rows // members) * members].view(members, -1)
+        index = (
+            order.repeat(members)[: -(-rows // members) * members].view(-1, members).T
+        )  # [E, rows of each]
         mean, log_var = self(obs[index], action[index])
-        delta = (mean + torch.randn_like(mean) * (0.5 * log_var).exp()).flatten(0, 1)[:rows]
+        delta = (mean + torch.randn_like(mean) * (0.5 * log_var).exp()).transpose(0, 1).flatten(0, 1)[:rows]
         return delta[order.argsort()] * self.delta_std + self.delta_mean
 
     def predict_next(self, obs, action):
@@ -1034,10 +1056,12 @@ def plan_landmarks(worker: TD3, novelty: Novelty, buffer: ReplayBuffer, obs, goa
     coverage = pool[farthest_point_sample(pool[:, :dims], args.coverage_landmarks)]
     landmark_obs = torch.cat([coverage, novelty.obs])  # [n, obs_dim]
     landmarks = landmark_obs[:, :dims]
-    edges = clip_edges(edge_values(worker, landmark_obs, torch.cat([landmarks, goal])), args.edge_cutoff)
+    with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.planner_bfloat16):
+        edges = edge_values(worker, landmark_obs, torch.cat([landmarks, goal]))  # [n, n + B]
+        to_landmarks = edge_values(worker, obs, landmarks).double()  # [B, n]
+    edges = clip_edges(edges, args.edge_cutoff)
     exact = args.path_search == "exact"
     path_values = best_path_values(edges) if exact else soft_path_values(edges, args.path_heat)  # [n, B]
-    to_landmarks = edge_values(worker, obs, landmarks).double()  # [B, n]
     to_landmarks = torch.where(to_landmarks < args.edge_cutoff, to_landmarks - 1e6, to_landmarks)
     subgoal = goal - obs[:, :dims]
     direct = worker.critic(obs, subgoal, worker.actor(obs, subgoal)).amin(0)  # the edge to the goal itself
@@ -1543,7 +1567,7 @@ def main(args: Args):
         first_step, loop = 1, SimpleNamespace(losses={}, seconds=0.0, periods=[], heights=[], flips=[])
         loop.episode_steps = 0
         loop.obs, loop.goal = split_observation(env.reset(seed=args.seed)[0])
-        loop.subgoal = loop.first_subgoal = manager.act(loop.obs, loop.goal, explore=True)
+        loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, float(args.uniform_warmup))
         segment.start(loop.obs)
     stop = []  # signals received
     handlers = {n: signal.signal(n, lambda number, frame: stop.append(number)) for n in STOP_SIGNALS}
@@ -1556,7 +1580,9 @@ def main(args: Args):
     for step in range(first_step, args.total_steps + 1):
         # ---- act
         obs, goal, subgoal = loop.obs, loop.goal, loop.subgoal
-        action = worker.act(obs, subgoal, explore=True)
+        warm_up = args.uniform_warmup and step <= args.learning_starts
+        random_subgoals = 1.0 if warm_up else args.random_subgoals
+        action = explore(worker, obs, subgoal, float(warm_up))
 
         # ---- learn from all steps up to the last; a GPU does so while the CPU simulates the next one
         updates = step - args.learning_starts
@@ -1594,6 +1620,13 @@ def main(args: Args):
             xy_rows = (segment.obs_seq[0, :2], loop.first_subgoal[:2], next_obs[:2])
             loop.periods.append(np.concatenate(xy_rows).tolist())
             segment.start(next_obs)
+            if not episode_over:
+                loop.first_subgoal = explore(manager, next_obs, goal, random_subgoals)
+
+        issued = segment.length == 0 and not episode_over  # a new subgoal
+        if issued and args.worker_looks_ahead:
+            next_subgoal = loop.first_subgoal
+
         # ---- store; easy to overlook: the subgoal that the worker acted on, together with its successor
         worker_buffer.add(
             obs=obs,
@@ -1605,9 +1638,7 @@ def main(args: Args):
             terminated=terminal,
         )
         loop.episode_steps += 1
-        loop.obs, loop.subgoal = next_obs, next_subgoal
-        if segment.length == 0 and not episode_over:  # to act; the replay keeps the old target, unlike HIRO's
-            loop.subgoal = loop.first_subgoal = manager.act(next_obs, goal, explore=True)
+        loop.obs, loop.subgoal = next_obs, loop.first_subgoal if issued else next_subgoal
         loop.heights.append(info["torso_height"])
         loop.flips.append(info["upside_down"])
 
@@ -1630,7 +1661,7 @@ def main(args: Args):
                     loop.losses |= train_dynamics(dynamics, dynamics_optimizer, worker_buffer, args, step)
             loop.episode_steps = 0
             loop.obs, loop.goal = split_observation(env.reset()[0])
-            loop.subgoal = loop.first_subgoal = manager.act(loop.obs, loop.goal, explore=True)
+            loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, random_subgoals)
             segment.start(loop.obs)
 
         # ---- evaluate, log, save

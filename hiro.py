@@ -101,6 +101,12 @@ class Args:
     relabeling: Literal["off_policy", "fun", "none"] = "off_policy"  # the correction and its two ablations
     candidates: int = 10  # K, of which one is the stored subgoal and one the displacement
     candidate_noise: float = 0.5  # std of the drawn candidates around the displacement, times half-range
+    random_subgoals: float = (
+        0.0  # share of subgoals drawn uniformly; not in the paper, diversity for the worker
+    )
+    worker_looks_ahead: bool = (
+        True  # its value at a period's end is for the manager's next subgoal, as released
+    )
     fun_noise: float = 0.1  # the same for --relabeling fun, which draws one and takes it unseen
 
     # --- TD3, both levels ---
@@ -111,7 +117,10 @@ class Args:
     critic_weight_decay: float = 0.0  # Adam's L2 term
     tau: float = 0.005  # step of the target networks
     batch_size: int = 100  # rows per update
-    learning_starts: Count = 2_500  # first steps only collect, with the untrained noisy policies
+    learning_starts: Count = 2_500  # first steps only collect
+    uniform_warmup: bool = (
+        False  # they do so uniformly at random at both levels, not by the untrained policies
+    )
     worker_actor_every: int = 2  # critic updates per update of the worker's actor and targets
     manager_actor_every: int = 2  # the same for the manager
 
@@ -331,7 +340,7 @@ def in_blocks(function, *tensors, rows: int = 1024):
 def adam_step(optimizer, params: list, loss):
     """One step of these parameters on any loss; no other network's gradient is computed or touched."""
     for param, grad in zip(params, torch.autograd.grad(loss, params)):
-        param.grad = grad
+        param.grad = grad.contiguous()  # easy to overlook: fused Adam ignores the strides of a transposed one
     optimizer.step()
 
 
@@ -411,6 +420,13 @@ class TD3:
         ):  # the file may come from another device
             for group in optimizer.param_groups:
                 group["capturable"] = self.limit.is_cuda
+
+
+def explore(agent: TD3, obs, goal, random_share: float):
+    """The noisy policy's action, or with the given chance one that is uniform within the limit."""
+    if random_share == 0 or (random_share < 1 and torch.rand(()) >= random_share):
+        return agent.act(obs, goal, explore=True)
+    return ((2 * torch.rand_like(agent.limit) - 1) * agent.limit).cpu().numpy()
 
 
 # --------------------------------------------------------------------------------------------------- replay
@@ -870,7 +886,7 @@ def main(args: Args):
     else:
         first_step, loop = 1, SimpleNamespace(losses={}, seconds=0.0, periods=[], heights=[], flips=[])
         loop.obs, loop.goal = split_observation(env.reset(seed=args.seed)[0])
-        loop.subgoal = loop.first_subgoal = manager.act(loop.obs, loop.goal, explore=True)
+        loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, float(args.uniform_warmup))
         segment.start(loop.obs)
     stop = []  # signals received
     handlers = {n: signal.signal(n, lambda number, frame: stop.append(number)) for n in STOP_SIGNALS}
@@ -883,7 +899,9 @@ def main(args: Args):
     for step in range(first_step, args.total_steps + 1):
         # ---- act
         obs, goal, subgoal = loop.obs, loop.goal, loop.subgoal
-        action = worker.act(obs, subgoal, explore=True)
+        warm_up = args.uniform_warmup and step <= args.learning_starts
+        random_subgoals = 1.0 if warm_up else args.random_subgoals
+        action = explore(worker, obs, subgoal, float(warm_up))
 
         # ---- learn from all steps up to the last; a GPU does so while the CPU simulates the next one
         updates = step - args.learning_starts
@@ -914,8 +932,12 @@ def main(args: Args):
             xy_rows = (segment.obs_seq[0, :2], loop.first_subgoal[:2], next_obs[:2])
             loop.periods.append(np.concatenate(xy_rows).tolist())
             segment.start(next_obs)
-            if not episode_over:  # as in the released code, the worker's value looks into the next period
-                next_subgoal = loop.first_subgoal = manager.act(next_obs, goal, explore=True)
+            if not episode_over:
+                loop.first_subgoal = explore(manager, next_obs, goal, random_subgoals)
+
+        issued = segment.length == 0 and not episode_over  # a new subgoal
+        if issued and args.worker_looks_ahead:
+            next_subgoal = loop.first_subgoal
 
         # ---- store; easy to overlook: the subgoal that the worker acted on, together with its successor
         worker_buffer.add(
@@ -927,13 +949,13 @@ def main(args: Args):
             next_subgoal=next_subgoal,
             terminated=0.0,  # its rewards are negative: if death ended them, dying would pay
         )
-        loop.obs, loop.subgoal = next_obs, next_subgoal
+        loop.obs, loop.subgoal = next_obs, loop.first_subgoal if issued else next_subgoal
         loop.heights.append(info["torso_height"])
         loop.flips.append(info["upside_down"])
 
         if episode_over:
             loop.obs, loop.goal = split_observation(env.reset()[0])
-            loop.subgoal = loop.first_subgoal = manager.act(loop.obs, loop.goal, explore=True)
+            loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, random_subgoals)
             segment.start(loop.obs)
 
         # ---- evaluate, log, save

@@ -33,10 +33,11 @@ torch.set_num_threads(1)
 # Flags with which a script trains in a second or two, and what makes each of its parts run.
 TINY = "--learning-starts 60 --eval-episodes 1 --batch-size 16 --hidden 32 --threads 1 --device cpu".split()
 TINY_OF = {
+    "cher": "--coop-delta -5 --coop-starts 2 --hindsight --relabeling off_policy".split(),
     "aclg_gcmr": "--dynamics-starts 200 --dynamics-every 200 --dynamics-first-updates 5 --dynamics-updates 3 "
     "--dynamics-batch-size 16 --dynamics-hidden 16 --planner-starts 300 --coverage-landmarks 5 "
     "--coverage-pool 50 --novelty-landmarks 5 --adjacency-every 200 --adjacency-epochs 2 "
-    "--worker-critic-updates-with-penalty 2 --rollout-planning-every 3".split()
+    "--worker-critic-updates-with-penalty 2 --rollout-planning-every 3".split(),
 }
 
 
@@ -60,7 +61,7 @@ class Job:
         self.process = FORKSERVER.Process(target=run_as_main, args=arguments)
         self.process.start()
 
-    def wait_for(self, path, timeout=60):
+    def wait_for(self, path, timeout=120):
         """Until the file exists."""
         end = time.time() + timeout
         while not path.exists():
@@ -68,7 +69,7 @@ class Job:
             assert time.time() < end, f"{path} did not appear"
             time.sleep(0.002)
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=300):
         """Exit code, stdout and stderr."""
         self.process.join(timeout)
         if self.process.exitcode is None:
@@ -90,9 +91,9 @@ def start(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run(start):
-    """run(script, *flags, before="", ok=True, timeout=120) -> code, out and err of the finished process."""
+    """run(script, *flags, before="", ok=True, timeout=300) -> code, out and err of the finished process."""
 
-    def run(script, *argv, before="", ok=True, timeout=120):
+    def run(script, *argv, before="", ok=True, timeout=300):
         result = start(script, *argv, before=before).wait(timeout)
         assert not ok or result.code == 0, result.err
         return result
@@ -121,7 +122,7 @@ def module(script):
     return importlib.import_module(script)
 
 
-# A run that test_determinism.py repeats and test_resume.py interrupts, past two ends of an episode of 500 steps.
+# A run that test_determinism.py repeats and test_resume.py interrupts: two episodes of 500 steps and more.
 REFERENCE = ("PointMaze-U", ["--total-steps", 1030, "--eval-every", 250])
 
 

@@ -28,6 +28,8 @@ DIFFERENT = """
 Args PRESETS FULL SUBGOAL_SPACES check_args ReplayBuffer make_candidates relabel_subgoals update_worker
 update_manager main
 """.split()
+# Shared by the others: segments of cher.py hold the worker's subgoals and rewards, as it has one replay.
+OWN = {"cher": {"Segment", "make_agents", "make_buffers"}}
 ALLOWED = {*sys.stdlib_module_names, "numpy", "torch", "tyro", "tqdm", "gymnasium", "mujoco", "common_envs"}
 
 
@@ -57,7 +59,7 @@ DEFINITIONS = {script: definitions(script) for script in SCRIPTS}
 
 @pytest.mark.parametrize("name", SHARED)
 def test_copies_are_equal(name):
-    owners = [script for script in SCRIPTS if name in DEFINITIONS[script]]
+    owners = [s for s in SCRIPTS if name in DEFINITIONS[s] and name not in OWN.get(s, ())]
     assert owners, f"{name} is nowhere"
     for one, other in itertools.pairwise(owners):
         a, b = (DEFINITIONS[script][name].splitlines() for script in (one, other))
@@ -110,7 +112,7 @@ def test_a_copy_with_the_environments_is_enough(script, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, f"{script}.py", "--help"]
     result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
     assert "--manager-period" in result.stdout

@@ -109,7 +109,7 @@ def loop_module(request):
 
 
 def watch_actions(module, monkeypatch):
-    """(input, subgoal or goal, action) of every exploring call of act(), per level by the width of its limit."""
+    """Agent, obs, subgoal or goal, and action of every exploring call of act()."""
     calls = []
 
     def act(agent, obs, goal, explore, _act=module.TD3.act):
@@ -123,7 +123,7 @@ def watch_actions(module, monkeypatch):
 
 
 def test_what_the_loop_stores(loop_module, toy_run, monkeypatch):
-    """Two episodes of 23 steps: periods of 10, 10 and 3. Steps of up to 5 m carry subgoals out of their range."""
+    """Two episodes of 23 steps: periods of 10, 10 and 3. Steps of up to 5 m carry subgoals out of range."""
     calls = watch_actions(loop_module, monkeypatch)
     env = ToyEnv(23, speed=5.0)
     stored = toy_run(loop_module, 46, env, learning_starts=1000, worker_noise=2.0)

@@ -174,10 +174,10 @@ def test_worker_is_blind_to_its_position():
     assert not torch.allclose(worker.actor(obs, subgoal), worker.actor(higher, subgoal))
     assert not torch.allclose(manager.actor(obs, subgoal[:, :2]), manager.actor(elsewhere, subgoal[:, :2]))
 
-    # a whole segment moved by whole metres, whose differences are exact: the correction sees no change either
+    # a whole segment moved by whole metres, so that sums are exact: the correction sees no change either
     obs_seq = (torch.randn(4, 11, 30) * 64).round() / 64
     batch = SimpleNamespace(obs_seq=obs_seq, action_seq=torch.randn(4, 10, 8), length=torch.full((4,), 10.0))
-    candidates = torch.randn(4, 6, 15)
+    candidates = (torch.randn(4, 6, 15) * 64).round() / 64
     scores = hiro.score_candidates(worker, candidates, batch)
     batch.obs_seq = obs_seq + torch.cat([tensor(8, -4), torch.zeros(28)])
     assert torch.equal(scores, hiro.score_candidates(worker, candidates, batch))
@@ -326,7 +326,7 @@ def test_actor_climbs_q():
 
 
 def test_learning_rates_and_weight_decay():
-    """Adam's first step is the learning rate, whatever the gradient; decay pulls what the loss leaves alone."""
+    """Adam's first step is the learning rate, whatever the gradient; decay pulls what has none."""
     agent = make_td3(actor_lr=1e-4, critic_lr=1e-3)
     for step, params, rate in (
         (agent.actor_step, agent.actor_params, 1e-4),
@@ -473,7 +473,7 @@ def test_updates_keep_to_their_level(with_actor):
 
 
 def test_update_counts(toy_run, monkeypatch):
-    """100 steps of learning: 100, 50, 10 and 5 updates of worker critic, worker actor, manager critic, actor."""
+    """100 steps of learning: updates of the worker's critic, its actor, the manager's critic, its actor."""
     count = dict.fromkeys(("worker", "worker actor", "manager", "manager actor"), 0)
 
     def counting(name):
@@ -596,11 +596,12 @@ def test_defaults_are_the_papers():
     """Section 0 of the specification: 300 units, rates, batch, buffers, noise, candidates, 10M steps."""
     args = dataclasses.asdict(hiro.Args())
     expected = dict(
-        manager_period=10, subgoal_space="full", mask_xy=True, manager_reward_scale=0.1, relabeling="off_policy",
-        candidates=10, candidate_noise=0.5, fun_noise=0.1, hidden=300, output_init=0.003, actor_lr=1e-4,
-        critic_lr=1e-3, critic_weight_decay=0.0, tau=0.005, batch_size=100, learning_starts=2500,
-        worker_actor_every=2, manager_actor_every=2, worker_gamma=0.99, manager_gamma=0.99, worker_noise=1.0,
-        manager_noise=1.0, worker_target_noise=0.2, manager_target_noise=0.2, worker_target_noise_clip=0.5,
-        manager_target_noise_clip=0.5, worker_buffer=200_000, manager_buffer=200_000, total_steps=10_000_000,
+        manager_period=10, subgoal_space="full", mask_xy=True, manager_reward_scale=0.1,
+        relabeling="off_policy", candidates=10, candidate_noise=0.5, fun_noise=0.1,
+        hidden=300, output_init=0.003, actor_lr=1e-4, critic_lr=1e-3, critic_weight_decay=0.0, tau=0.005,
+        batch_size=100, learning_starts=2500, worker_actor_every=2, manager_actor_every=2,
+        worker_gamma=0.99, worker_noise=1.0, worker_target_noise=0.2, worker_target_noise_clip=0.5,
+        manager_gamma=0.99, manager_noise=1.0, manager_target_noise=0.2, manager_target_noise_clip=0.5,
+        worker_buffer=200_000, manager_buffer=200_000, total_steps=10_000_000,
     )  # fmt: skip
     assert {name: args[name] for name in expected} == expected

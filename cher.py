@@ -1,0 +1,1194 @@
+"""CHER: inter-level cooperation in hierarchical RL (Kreidieh et al. 2019, https://arxiv.org/abs/1912.02368).
+
+    python cher.py --env AntMaze-ULarge            # train
+    python cher.py --env AntMaze-ULarge --help     # every setting, with the values for this environment
+
+This is hiro.py without its correction and with one more term: the manager also climbs the worker's value, so
+it prefers subgoals that the worker can follow. Both levels learn from the same segments:
+
+    every step:
+        act, as in hiro.py, but the first --learning-starts steps uniformly at random at both levels
+        batch = sample_segments: segments for the manager, one random step of each for the worker
+        every manager_period steps, update_manager:
+            subgoal = manager.actor(obs, goal)
+            actor_loss = -q1(obs, goal, subgoal) + coop_weight * cooperative_loss(worker, batch, subgoal)
+            coop_weight: fixed, or learned so that the worker's value comes near --coop-delta
+        update_worker: TD3 on the sampled steps; the last one of a period, too, looks at the old target only
+    every manager_period steps:
+        store the segment; with --hindsight also as if its end had been its subgoal
+
+    python cher.py --coop-weight 0                            # HRL; in the end it says which delta to use
+    python cher.py --coop-delta -300                          # CHER with a learned weight
+    python cher.py --coop-weight 0 --relabeling off_policy    # HIRO
+    python cher.py --coop-weight 0 --hindsight                # HAC with egocentric subgoals
+    python cher.py --flat                                     # TD3 without a hierarchy
+    python cher.py --worker-checkpoint PATH --freeze-worker   # a new manager for an old worker
+"""
+
+import contextlib
+import csv
+import dataclasses
+import itertools
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common_envs import SPECS, make_env
+
+SCRIPT = Path(__file__).stem
+FORMAT = 1  # of checkpoints; raised when an older one could not be read any more
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
+RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track")
+
+# ------------------------------------------------------------------------------------------------ arguments
+
+# An integer that may be written as 7e5.
+Count = Annotated[
+    int,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: int(float(words[0])),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+
+
+@dataclass
+class Args:
+    # --- Experiment ---
+    env: str = "AntMaze-ULarge"  # id of the environment, a row of SPECS in common_envs.py
+    reward: str | None = None  # "dense" or "sparse"; None: the first that the environment has
+    seed: int = 1  # fixes torch (networks, noise, sampling) and the environment
+    total_steps: Count = 3_000_000  # environment steps, counted from the start also after --resume
+    device: str = "auto"  # "auto": cuda if there is one, else cpu
+    threads: int = 0  # CPU threads of torch; 0: all cores (use 1 when several runs share a machine)
+    fast_matmul: bool = True  # on a CPU without AMX, oneDNN's float32 kernels for the updates; same precision
+    eval_every: Count = 50_000  # environment steps between evaluations
+    eval_episodes: int = 50  # noise-free episodes per evaluation goal
+    eval_goals: tuple[float, ...] = ()  # evaluation goals, coordinates in a row; empty: the environment's own
+    eval_only: bool = False  # evaluate --checkpoint and stop
+    checkpoint: str | None = None  # model.pt or checkpoint.pt of an earlier run, for --eval-only
+    save_every: Count = 0  # environment steps between checkpoints for --resume; 0: on SIGTERM or Ctrl-C only
+    resume: str | None = None  # checkpoint.pt to continue exactly where it stopped
+    run_dir: str | None = None  # this run's folder; None: runs/<env>__<script>__<variant>__<seed>__<time>
+    variant: str = "default"  # a name for this setting, used in the folder's name
+    track: bool = False  # log to Weights & Biases too (pip install wandb)
+
+    # --- Hierarchy (HIRO section 3) ---
+    manager_period: int = 10  # c, worker steps per subgoal
+    subgoal_space: Literal["full", "xyz", "xy"] = (
+        "full"  # which first entries of obs; "xy": as later papers do
+    )
+    mask_xy: bool = False  # hide obs entries 0, 1 (position) from the worker, as HIRO does
+    manager_reward_scale: float = 0.1  # factor on the sum of environment rewards of a segment
+    relabeling: Literal["off_policy", "fun", "none"] = "none"  # HIRO's correction and its ablation
+    candidates: int = 10  # K, of which one is the stored subgoal and one the displacement
+    candidate_noise: float = 0.5  # std of the drawn candidates around the displacement, times half-range
+    fun_noise: float = 0.1  # the same for --relabeling fun, which draws one and takes it unseen
+
+    # --- Cooperation (CHER section 4) ---
+    coop_weight: float = 0.005  # lambda, the fixed weight of cooperative_loss; 0: off, which is naive HRL
+    coop_form: Literal["released", "theorem"] = "released"  # of cooperative_loss: released code or Theorem 1
+    coop_delta: float | None = None  # learns lambda: the value of the worker to aim at, which HRL prints
+    coop_log_weight: float = -4.2  # log of a learned lambda at the start; its Adam has the actors' rate
+    coop_starts: int = 1_000  # manager updates before lambda moves
+    coop_reference: float | None = None  # J_HRL, the worker's value under HRL, to log the cooperation ratio
+
+    # --- Baselines and transfer (CHER section 5) ---
+    hindsight: bool = False  # HAC: store segments with their end as their subgoal ...
+    subgoal_testing_rate: float = 0.3  # ... and with this probability also as they were
+    flat: bool = False  # one TD3 in the manager's place acts at each step (sets manager_period 1); no worker
+    worker_checkpoint: str | None = None  # model.pt or checkpoint.pt whose worker to start from
+    freeze_worker: bool = False  # it neither learns nor explores
+
+    # --- TD3, both levels ---
+    hidden: int = 256  # units in each of the two hidden layers
+    output_init: float = 0.003  # output layers start uniform within this, biases at 0; 0: PyTorch's init
+    actor_lr: float = 3e-4  # Adam
+    critic_lr: float = 3e-4  # Adam
+    critic_weight_decay: float = 0.0  # Adam's L2 term
+    tau: float = 0.005  # step of the target networks
+    batch_size: int = 128  # segments per update, and as many of their steps
+    learning_starts: Count = 10_000  # first steps only collect, uniformly at random at both levels
+    worker_actor_every: int = 2  # critic updates per update of the worker's actor and targets
+    manager_actor_every: int = 2  # the same for the manager
+
+    # --- Worker ---
+    worker_gamma: float = 0.99  # discount per environment step
+    worker_noise: float = 0.1  # std of exploration noise, times half-range (torques are within 30)
+    worker_target_noise: float = 0.2  # std of target policy smoothing, times half-range
+    worker_target_noise_clip: float = 0.5  # its bound, times half-range
+    worker_buffer: Count = 200_000  # steps kept, as segments; both levels learn from them
+    action_limit: tuple[float, ...] = ()  # bounds of the worker's output; empty: the environment's
+    scale_worker_inputs: bool = False  # divide subgoal and action by their half-range before worker networks
+
+    # --- Manager ---
+    manager_gamma: float = 0.99  # discount per segment
+    manager_noise: float = 0.1  # std of exploration noise, times half-range
+    manager_target_noise: float = 0.2  # std of target policy smoothing, times half-range
+    manager_target_noise_clip: float = 0.5  # its bound, times half-range
+
+    # --- Diagnostics ---
+    reached_radius: float = 1.0  # m, a subgoal counts as reached when its period ends within this of it
+
+    def __post_init__(self):
+        if self.flat:
+            self.manager_period, self.coop_weight = 1, 0.0
+
+
+# Settings that differ from the defaults, with their source. Other environments use the defaults.
+PRESETS: dict[str, dict] = {
+    "AntMaze-ULarge": {
+        "source": "the paper's values, evaluated at its three corners",
+        "eval_goals": (16.0, 0.0, 16.0, 16.0, 0.0, 16.0),
+    },
+    "AntFourRooms": {"source": "the paper's values; its length is not stated, so that of AntMaze-ULarge"},
+    "AntGather": {
+        "source": "the paper's values",
+        "manager_reward_scale": 10.0,
+        "coop_weight": 0.01,
+        "total_steps": 1_000_000,
+    },
+    "PointMaze-U": {
+        "source": "CHER's values but HIRO's released limit 0.25 rad and worker_gamma of HIGL's HIRO baseline",
+        "subgoal_space": "xy",
+        "action_limit": (1.0, 0.25),
+        "learning_starts": 2_500,
+        "worker_gamma": 0.95,
+        "eval_every": 5_000,
+        "eval_episodes": 10,
+        "total_steps": 300_000,
+    },
+    "AntMaze-U": {
+        "source": "CHER's values; not in its paper, length of training as in HIGL",
+        "total_steps": 1_000_000,
+    },
+    "AntMaze-UStochastic": {"source": "as AntMaze-U", "total_steps": 1_000_000},
+    "AntMaze-W": {"source": "as AntMaze-U", "total_steps": 1_000_000},
+    "AntMaze-Bottleneck": {"source": "as AntMaze-U", "total_steps": 1_000_000},
+    "AntMaze-Complex": {
+        "source": "CHER's values; not in its paper, length as in GCMR",
+        "total_steps": 3_000_000,
+    },
+    "AntPush-Small": {
+        "source": "CHER's values; not in its paper. obs starts x, y, block x, y: no full subgoals",
+        "subgoal_space": "xy",
+        "total_steps": 1_000_000,
+    },
+}
+
+# Subgoals are about the first entries of obs: x, y, z, quaternion, then hip and ankle of four legs.
+# Half-ranges of HIRO appendix C.
+FULL = (10.0, 10.0, 0.5, 1.0, 1.0, 1.0, 1.0, 0.5, 0.3, 0.5, 0.3, 0.5, 0.3, 0.5, 0.3)
+SUBGOAL_SPACES = {"full": FULL, "xyz": FULL[:3], "xy": FULL[:2]}
+
+
+def fail(message: str):
+    """One clear line on stderr and a non-zero exit."""
+    raise SystemExit(f"{SCRIPT}.py: error: {message}")
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Defaults, then the settings of --env (or of the loaded checkpoint), then the flags."""
+
+    @dataclass
+    class First:
+        env: str | None = None
+        checkpoint: str | None = None
+        resume: str | None = None
+        eval_only: bool = False
+
+    first, _ = tyro.cli(First, args=argv, return_unknown_args=True, add_help=False)
+    if first.env not in (None, *SPECS):
+        fail(f"unknown --env {first.env}; known: {', '.join(SPECS)}")
+    if first.eval_only and first.checkpoint is None:
+        fail("--eval-only needs --checkpoint PATH")
+    if first.checkpoint is not None and not first.eval_only:
+        fail("--checkpoint is for --eval-only; to continue a run use --resume PATH")
+    saved = first.resume or first.checkpoint
+    if saved is not None:
+        settings = load_checkpoint(saved)["args"] | {"resume": None, "checkpoint": None, "run_dir": None}
+        source = f"read from {saved}"
+        if first.env is not None and first.eval_only:
+            settings["env"] = first.env
+    else:
+        env = first.env or Args.env
+        preset = PRESETS.get(env, {})
+        settings = {"env": env} | {name: value for name, value in preset.items() if name != "source"}
+        source = preset.get("source", "the paper's values")
+    args = tyro.cli(
+        Args,
+        args=argv,
+        default=dataclasses.replace(Args(), **settings),
+        description=f"{__doc__.splitlines()[0]} Settings of {settings['env']}: {source}.",
+    )
+    changed = [
+        name for name in settings if name not in RESUME_MAY_CHANGE and getattr(args, name) != settings[name]
+    ]
+    if first.resume is not None and changed:
+        fail(f"--resume continues the run as it was set; not with another {', '.join(changed)}")
+    check_args(args)
+    return args
+
+
+def check_args(args: Args):
+    """Refuse what makes no sense, with the reason."""
+    spec = SPECS[args.env]
+    if args.reward is not None and args.reward not in spec.rewards:
+        fail(f"--reward {args.reward}: {args.env} has {', '.join(spec.rewards)}")
+    positive = ("manager_period", "batch_size", "hidden", "worker_actor_every", "manager_actor_every")
+    for name in (*positive, "total_steps", "eval_every", "eval_episodes"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} must be at least 1")
+    if args.learning_starts < args.manager_period:
+        fail("--learning-starts must be at least --manager-period: the manager learns from whole segments")
+    if args.eval_goals and (not spec.goal_dim or len(args.eval_goals) % spec.goal_dim):
+        fail(f"--eval-goals: a goal of {args.env} has {spec.goal_dim} numbers")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        fail("--device cuda: torch sees no CUDA device here; use --device cpu")
+    if args.candidates < 3 and args.relabeling == "off_policy":
+        fail("--candidates must be at least 3: the stored subgoal, the displacement and one draw")
+    if args.coop_weight < 0:
+        fail("--coop-weight must not be below 0: the manager would look for what the worker cannot do")
+    if args.coop_delta is not None and args.coop_delta >= 0:
+        fail("--coop-delta must be below 0, as the worker's rewards are")
+    if args.coop_delta is not None and args.coop_weight == 0 and not args.flat:
+        fail("--coop-weight 0 switches cooperation off, --coop-delta learns its weight: choose one of them")
+    if args.freeze_worker and args.worker_checkpoint is None:
+        fail("--freeze-worker needs --worker-checkpoint PATH, or the worker would never learn")
+    two_levels = (args.coop_delta, args.hindsight or None, args.worker_checkpoint)
+    if args.flat and (args.relabeling != "none" or two_levels != (None,) * 3):
+        fail("--flat has one level: not with --coop-delta, --hindsight, --relabeling, --worker-checkpoint")
+
+
+# ------------------------------------------------------------------------------------------------- subgoals
+
+
+def subgoal_transition(achieved, subgoal, next_achieved):
+    """h(s, g, s') = s + g - s' (HIRO eq. 3): what is left to the same target, not clipped. [..., D]"""
+    return achieved + subgoal - next_achieved
+
+
+def intrinsic_reward(achieved, subgoal, next_achieved):
+    """r(s, g, s') = -|s + g - s'| (HIRO eq. 4), of the subgoal before the step. numpy, [..., D] -> [...]"""
+    return -np.sqrt(np.square(subgoal_transition(achieved, subgoal, next_achieved)).sum(-1) + 1e-10)
+
+
+# ------------------------------------------------------------------------------------------------- networks
+
+
+class EnsembleLinear(nn.Module):
+    """`members` linear layers as one batched product: [members, B, fan_in] -> [members, B, fan_out]."""
+
+    def __init__(self, members: int, fan_in: int, fan_out: int):
+        super().__init__()
+        bound = fan_in**-0.5  # PyTorch's default for nn.Linear
+        self.weight = nn.Parameter(torch.empty(members, fan_in, fan_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, fan_out).uniform_(-bound, bound))
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias[:, None], x, self.weight)
+
+    def member(self, index: int, x):
+        """One member alone. [B, fan_in] -> [B, fan_out]"""
+        return torch.addmm(self.bias[index], x, self.weight[index])
+
+
+def init_output_(layers: list[nn.Module], bound: float):
+    """DDPG's start: all biases 0, the output layer within +-bound. bound 0 leaves PyTorch's init."""
+    if bound > 0:
+        for layer in layers:
+            nn.init.zeros_(layer.bias)
+        nn.init.uniform_(layers[-1].weight, -bound, bound)
+
+
+class Actor(nn.Module):
+    """(obs, goal) -> action within +-limit. The manager's action is a subgoal, the worker's a torque."""
+
+    def __init__(self, input_scale, limit, hidden: int, output_init: float):
+        super().__init__()
+        self.register_buffer("input_scale", input_scale, persistent=False)  # [obs_dim + goal_dim], 0 hides
+        self.register_buffer("limit", limit, persistent=False)  # [action_dim]
+        sizes = [len(input_scale), hidden, hidden, len(limit)]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
+        init_output_(list(self.layers), output_init)
+
+    def forward(self, obs, goal):
+        x = torch.cat([obs, goal], -1) * self.input_scale
+        x = F.relu(self.layers[0](x))
+        x = F.relu(self.layers[1](x))
+        return self.limit * torch.tanh(self.layers[2](x))
+
+
+class Critic(nn.Module):
+    """Twin Q functions: (obs, goal, action) -> q [2, B]. Inputs [B, .] are shared, [2, B, .] one for each."""
+
+    def __init__(self, input_scale, hidden: int, output_init: float):
+        super().__init__()
+        self.register_buffer("input_scale", input_scale, persistent=False)  # [obs + goal + action dims]
+        sizes = [len(input_scale), hidden, hidden, 1]
+        self.layers = nn.ModuleList(EnsembleLinear(2, a, b) for a, b in zip(sizes, sizes[1:]))
+        init_output_(list(self.layers), output_init)
+
+    def forward(self, obs, goal, action):
+        x = torch.cat([obs, goal, action], -1) * self.input_scale
+        x = F.relu(self.layers[0](x.expand(2, *x.shape[-2:])))
+        x = F.relu(self.layers[1](x))
+        return self.layers[2](x).squeeze(-1)
+
+    def q1(self, obs, goal, action):
+        """The first Q function alone, which the actor follows. [B]"""
+        x = torch.cat([obs, goal, action], -1) * self.input_scale
+        x = F.relu(self.layers[0].member(0, x))
+        x = F.relu(self.layers[1].member(0, x))
+        return self.layers[2].member(0, x).squeeze(-1)
+
+
+def in_blocks(function, *tensors, rows: int = 1024):
+    """function(*tensors) over blocks of rows, whose activations stay in a CPU's cache: 2.5 times as fast."""
+    if tensors[0].is_cuda:
+        return function(*tensors)
+    return torch.cat([function(*block) for block in zip(*(tensor.split(rows) for tensor in tensors))])
+
+
+def adam_step(optimizer, params: list, loss):
+    """One step of these parameters on any loss; no other network's gradient is computed or touched."""
+    for param, grad in zip(params, torch.autograd.grad(loss, params)):
+        param.grad = grad.contiguous()  # easy to overlook: fused Adam ignores the strides of a transposed one
+    optimizer.step()
+
+
+class TD3:
+    """One level of the hierarchy (Fujimoto et al. 2018). Only plumbing: what the methods differ in is below.
+
+    input_scale [obs_dim + goal_dim + action_dim] multiplies what the networks see, limit [action_dim] bounds
+    the action, noise = (exploration std, target smoothing std, its clip) in units of the action.
+    """
+
+    def __init__(self, input_scale, limit, gamma: float, noise: tuple, args: Args):
+        self.limit, self.gamma, self.tau = limit, gamma, args.tau
+        self.noise, self.target_noise, self.target_noise_clip = noise
+        size = dict(hidden=args.hidden, output_init=args.output_init)
+        self.actor, self.target_actor = (Actor(input_scale[: -len(limit)], limit, **size) for _ in range(2))
+        self.critic, self.target_critic = (Critic(input_scale, **size) for _ in range(2))
+        for net in (self.actor, self.target_actor, self.critic, self.target_critic):
+            net.to(limit.device)
+        self.target_actor.load_state_dict(self.actor.state_dict())
+        self.target_critic.load_state_dict(self.critic.state_dict())
+        self.actor_params, self.critic_params = list(self.actor.parameters()), list(self.critic.parameters())
+        self.target_actor_params = list(self.target_actor.requires_grad_(False).parameters())
+        self.target_critic_params = list(self.target_critic.requires_grad_(False).parameters())
+        adam = dict(fused=True, capturable=limit.is_cuda)
+        self.actor_optimizer = torch.optim.Adam(self.actor_params, args.actor_lr, **adam)
+        adam["weight_decay"] = args.critic_weight_decay
+        self.critic_optimizer = torch.optim.Adam(self.critic_params, args.critic_lr, **adam)
+
+    @torch.no_grad()
+    def act(self, obs, goal, explore: bool):
+        """Action for one observation, numpy in and out. explore adds Gaussian noise, clipped to the limit."""
+        obs, goal = (torch.as_tensor(x, device=self.limit.device)[None] for x in (obs, goal))
+        action = self.actor(obs, goal)[0]
+        if explore:
+            action = (action + torch.randn_like(action) * self.noise).clamp(-self.limit, self.limit)
+        return action.cpu().numpy()
+
+    @torch.no_grad()
+    def td_target(self, reward, terminated, next_obs, next_goal):
+        """y = r + gamma min(Q1', Q2')(s', smoothed target action) [B]. A time limit is not terminal."""
+        next_action = self.target_actor(next_obs, next_goal)
+        noise = torch.randn_like(next_action) * self.target_noise
+        next_action = next_action + noise.clamp(-self.target_noise_clip, self.target_noise_clip)
+        next_q = self.target_critic(next_obs, next_goal, next_action.clamp(-self.limit, self.limit)).amin(0)
+        return reward + self.gamma * (1 - terminated) * next_q
+
+    def critic_loss(self, td_target, obs, goal, action):
+        """Huber loss of both critics, summed, and the mean Q for the log."""
+        q = self.critic(obs, goal, action)  # [2, B]
+        return F.smooth_l1_loss(q, td_target.expand_as(q), reduction="none").mean(1).sum(), q.detach().mean()
+
+    def critic_step(self, loss):
+        adam_step(self.critic_optimizer, self.critic_params, loss)
+
+    def actor_step(self, loss):
+        adam_step(self.actor_optimizer, self.actor_params, loss)
+
+    @torch.no_grad()
+    def update_target_critic(self):
+        """Polyak step of the target network: target += tau (online - target)."""
+        torch._foreach_lerp_(self.target_critic_params, self.critic_params, self.tau)
+
+    @torch.no_grad()
+    def update_target_actor(self):
+        torch._foreach_lerp_(self.target_actor_params, self.actor_params, self.tau)
+
+    def state_dict(self) -> dict:
+        parts = ("actor", "target_actor", "critic", "target_critic", "actor_optimizer", "critic_optimizer")
+        return {name: getattr(self, name).state_dict() for name in parts}
+
+    def load_state_dict(self, state: dict):
+        for name in self.state_dict():
+            getattr(self, name).load_state_dict(state[name])
+        for optimizer in (
+            self.actor_optimizer,
+            self.critic_optimizer,
+        ):  # the file may come from another device
+            for group in optimizer.param_groups:
+                group["capturable"] = self.limit.is_cuda
+
+
+class FlatWorker:
+    """In the worker's place with --flat: what the manager says is done. Nothing to learn."""
+
+    def __init__(self, limit):
+        self.limit = limit
+
+    def act(self, obs, subgoal, explore: bool):
+        return subgoal
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict):
+        pass
+
+
+def explore(agent, obs, goal, warm_up: bool):
+    """The noisy policy's action; during the warm-up one that is uniform within the limit instead."""
+    if not warm_up:
+        return agent.act(obs, goal, explore=True)
+    return ((2 * torch.rand_like(agent.limit) - 1) * agent.limit).cpu().numpy()
+
+
+# --------------------------------------------------------------------------------------------------- replay
+
+
+class ReplayBuffer:
+    """Ring buffer of named fields. A float32 row per entry: adding is one copy, sampling one index_select."""
+
+    def __init__(self, capacity: int, device, **shapes: tuple[int, ...]):
+        self.shapes, self.sizes = shapes, [int(np.prod(shape)) for shape in shapes.values()]
+        self.rows = torch.zeros(capacity, sum(self.sizes), device=device)
+        self.added = 0  # entries ever added
+        self.size = torch.zeros(
+            (), device=device
+        )  # filled rows, on the device: sampling does not ask the host
+
+    def __len__(self) -> int:
+        return min(self.added, len(self.rows))
+
+    def add(self, **fields):
+        row = np.concatenate([np.ravel(fields[name]) for name in self.shapes]).astype(np.float32, copy=False)
+        self.rows[self.added % len(self.rows)].copy_(torch.from_numpy(row), non_blocking=True)
+        self.added += 1
+        self.size.fill_(len(self))
+
+    def sample(self, count: int) -> SimpleNamespace:
+        """count entries, uniformly with replacement; each field [count, *shape]."""
+        index = (torch.rand(count, device=self.rows.device, dtype=torch.float64) * self.size).long()
+        return self.unpack(self.rows.index_select(0, index))
+
+    def unpack(self, rows) -> SimpleNamespace:
+        """Rows [n, row size] -> their fields as views, [n, *shape]."""
+        columns = rows.split(self.sizes, -1)
+        return SimpleNamespace(
+            **{n: c.reshape(len(rows), *s) for (n, s), c in zip(self.shapes.items(), columns)}
+        )
+
+    def state_dict(self) -> dict:
+        return {
+            "rows": self.rows[: len(self)].clone(),
+            "added": self.added,
+        }  # a view would save all its storage
+
+    def load_state_dict(self, state: dict):
+        if len(state["rows"]) != min(state["added"], len(self.rows)):
+            raise ValueError("another capacity")
+        self.rows[: len(state["rows"])] = state["rows"]
+        self.added = state["added"]
+        self.size.fill_(len(self))
+
+
+class Segment:
+    """The steps between two decisions of the manager, padded to a whole period if the episode ends."""
+
+    def __init__(self, period: int, obs_dim: int, dims: int, action_dim: int):
+        self.obs_seq = np.zeros((period + 1, obs_dim), np.float32)
+        self.subgoal_seq = np.zeros((period + 1, dims), np.float32)
+        self.action_seq = np.zeros((period, action_dim), np.float32)
+        self.worker_reward_seq = np.zeros(period, np.float32)
+        self.length, self.reward = 0, 0.0
+
+    def start(self, obs, subgoal):
+        self.obs_seq[:], self.action_seq[:] = obs, 0
+        self.subgoal_seq[:], self.worker_reward_seq[:] = subgoal, 0
+        self.length, self.reward = 0, 0.0
+
+    def add(self, action, reward: float, worker_reward: float, next_obs, next_subgoal):
+        self.action_seq[self.length] = action
+        self.worker_reward_seq[self.length] = worker_reward
+        self.length += 1
+        self.obs_seq[self.length :] = next_obs  # the last entry is the true end also of a short segment
+        self.subgoal_seq[self.length :] = next_subgoal
+        self.reward += reward
+
+    def sequences(self) -> dict:
+        sequences = {"obs_seq": self.obs_seq, "action_seq": self.action_seq, "length": self.length}
+        return sequences | {"subgoal_seq": self.subgoal_seq, "worker_reward_seq": self.worker_reward_seq}
+
+    def state_dict(self) -> dict:
+        return to_tensors(vars(self))
+
+    def load_state_dict(self, state: dict):
+        for name, value in state.items():
+            setattr(self, name, value.numpy().copy() if torch.is_tensor(value) else value)
+
+
+def sample_segments(buffer: ReplayBuffer, args: Args) -> SimpleNamespace:
+    """Segments for both levels, and of each one random step for the worker, [B]."""
+    batch = buffer.sample(args.batch_size)
+    batch.subgoal = batch.subgoal_seq[:, 0]
+    # easy to overlook: any of its own n steps; the released code of after October 2020 never draws the last
+    batch.step = (torch.rand_like(batch.length) * batch.length).long()
+    return batch
+
+
+def worker_rows(batch) -> SimpleNamespace:
+    """The sampled steps as the worker's rows."""
+    rows, step = torch.arange(len(batch.step), device=batch.step.device), batch.step
+    return SimpleNamespace(
+        obs=batch.obs_seq[rows, step],
+        subgoal=batch.subgoal_seq[rows, step],
+        action=batch.action_seq[rows, step],
+        reward=batch.worker_reward_seq[rows, step],
+        next_obs=batch.obs_seq[rows, step + 1],
+        next_subgoal=batch.subgoal_seq[rows, step + 1],  # of this period, also at its end
+        terminated=torch.zeros_like(batch.length),  # its rewards are negative: death must not end them
+    )
+
+
+# ----------------------------------------------------------------------------------------------- relabeling
+
+
+def make_candidates(subgoal, displacement, half_range, args: Args):
+    """K subgoals that may explain a segment: draws around its displacement, that itself, the stored subgoal.
+
+    subgoal, displacement [B, D] -> [B, K, D], all clipped to the half-range (HIRO section 3.3).
+    """
+    batch, dims = subgoal.shape
+    noise = torch.randn(batch, args.candidates - 2, dims, device=subgoal.device)
+    draws = displacement[:, None] + args.candidate_noise * half_range * noise
+    candidates = torch.cat([draws, displacement[:, None], subgoal[:, None]], 1)
+    return candidates.clamp(-half_range, half_range)
+
+
+def score_candidates(worker: TD3, candidates, batch):
+    """Log-likelihood of the recorded actions under each candidate (HIRO eq. 5). [B, K, D] -> [B, K]
+
+    -1/2 sum_i |a_i - mu(s_i, g_i)|^2 in units of the action's limit; g_i follows the subgoal transition.
+    """
+    dims, period = candidates.shape[-1], batch.action_seq.shape[1]
+    achieved_seq = batch.obs_seq[:, None, :-1, :dims]  # [B, 1, c, D]
+    subgoals = subgoal_transition(
+        achieved_seq[:, :, :1], candidates[:, :, None], achieved_seq
+    )  # [B, K, c, D]
+    obs = batch.obs_seq[:, None, :-1].expand(*subgoals.shape[:-1], -1)  # [B, K, c, obs_dim]
+    actions = in_blocks(worker.actor, obs.flatten(0, 2), subgoals.flatten(0, 2)).view(*obs.shape[:3], -1)
+    error = (batch.action_seq[:, None] - actions) / worker.limit  # [B, K, c, A]
+    # easy to overlook: a segment that the end of an episode cut short counts only its own steps
+    valid = torch.arange(period, device=obs.device) < batch.length[:, None]  # [B, c]
+    return -0.5 * (error.square().sum(-1) * valid[:, None]).sum(-1)
+
+
+@torch.no_grad()
+def relabel_subgoals(worker: TD3, batch, half_range, args: Args):
+    """The subgoals with which to train the manager on old segments [B, D]; the replay stays as it is."""
+    if args.relabeling == "none":
+        return batch.subgoal
+    dims = batch.subgoal.shape[-1]
+    displacement = batch.obs_seq[:, -1, :dims] - batch.obs_seq[:, 0, :dims]
+    if args.relabeling == "fun":  # HIRO's ablation after FeUdal networks: one draw, not scored, not clipped
+        return displacement + torch.randn_like(displacement) * (args.fun_noise * half_range)
+    candidates = make_candidates(batch.subgoal, displacement, half_range, args)
+    best = score_candidates(worker, candidates, batch).argmax(1)  # the first wins ties
+    return candidates[torch.arange(len(best), device=best.device), best]
+
+
+def hindsight_sequences(sequences: dict, dims: int) -> dict:
+    """HAC: the segment as if its end had been its subgoal, so reached with the last step. numpy
+
+    The first of these subgoals is the manager's action, not clipped to its limit.
+    """
+    achieved_seq = sequences["obs_seq"][:, :dims]  # [c + 1, D]
+    subgoal_seq = achieved_seq[-1] - achieved_seq
+    rewards = intrinsic_reward(achieved_seq[:-1], subgoal_seq[:-1], achieved_seq[1:])
+    return sequences | {"subgoal_seq": subgoal_seq, "worker_reward_seq": rewards}
+
+
+# ---------------------------------------------------------------------------------------------- cooperation
+
+
+def cooperative_loss(worker: TD3, batch, subgoal, args: Args):
+    """Minus what the worker would make of these subgoals at the sampled steps (CHER eq. 5). [B, D] -> []
+
+    Its gradient goes to `subgoal`, the manager's output; the worker's networks are not stepped with it.
+    """
+    rows, dims = worker_rows(batch), subgoal.shape[-1]
+    achieved, next_achieved = rows.obs[:, :dims], rows.next_obs[:, :dims]
+    # easy to overlook: first moved on to the sampled step. So did the released code in 2019; later it moved
+    # on to the end of the segment (from February 2020) and counted `achieved` twice in what is left (May)
+    moved_on = subgoal_transition(batch.obs_seq[:, 0, :dims], subgoal, achieved)  # [B, D]
+    left = subgoal_transition(achieved, moved_on, next_achieved)
+    if args.coop_form == "released":  # along Q's subgoal, at the recorded action; lambda was tuned for this
+        q = worker.critic.q1(rows.obs, moved_on, rows.action)
+        reward = -left.square().mean()
+    else:  # along the worker's action, where Q is flat once the worker is greedy
+        q = worker.critic.q1(rows.obs, moved_on.detach(), worker.actor(rows.obs, moved_on))
+        reward = -(left.square().sum(-1) + 1e-10).sqrt().mean()
+    return -(q.mean() + reward)
+
+
+class CoopWeight:
+    """lambda, the weight of cooperative_loss: fixed, or with --coop-delta learned as exp(log)."""
+
+    def __init__(self, args: Args, device):
+        self.fixed, self.delta = args.coop_weight, args.coop_delta
+        self.log = torch.tensor(args.coop_log_weight, device=device, requires_grad=True)
+        self.optimizer = torch.optim.Adam([self.log], args.actor_lr)
+
+    def value(self):
+        learned = self.log.exp().detach()
+        return torch.full_like(learned, self.fixed) if self.delta is None else learned
+
+    def update(self, coop_value):
+        """It grows while the worker's value is below delta, as in algorithm 1; eq. 6 has the sign turned."""
+        loss = self.log.exp() * (coop_value.detach() - self.delta)
+        adam_step(self.optimizer, [self.log], loss)
+
+    def state_dict(self) -> dict:
+        return {"log": self.log.detach().clone(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict):
+        self.log.data.copy_(state["log"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+# -------------------------------------------------------------------------------------------------- updates
+
+
+def update_worker(worker: TD3, batch, args: Args, with_actor: bool) -> dict:
+    """One TD3 update of the worker; with_actor: its actor and the targets too."""
+    batch = worker_rows(batch)
+    td_target = worker.td_target(batch.reward, batch.terminated, batch.next_obs, batch.next_subgoal)
+    critic_loss, q = worker.critic_loss(td_target, batch.obs, batch.subgoal, batch.action)
+    worker.critic_step(critic_loss)
+    losses = {"worker/critic_loss": critic_loss, "worker/q": q}
+    if with_actor:
+        action = worker.actor(batch.obs, batch.subgoal)
+        actor_loss = -worker.critic.q1(batch.obs, batch.subgoal, action).mean()
+        worker.actor_step(actor_loss)
+        worker.update_target_critic()
+        worker.update_target_actor()
+        losses["worker/actor_loss"] = actor_loss
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def update_manager(
+    manager: TD3, worker: TD3, coop_weight: CoopWeight, batch, args: Args, with_actor: bool, with_weight: bool
+) -> dict:
+    """One TD3 update of the manager; with_actor: its actor and the targets; with_weight: a learned lambda."""
+    obs, next_obs = batch.obs_seq[:, 0], batch.obs_seq[:, -1]
+    relabeled = relabel_subgoals(worker, batch, manager.limit, args)
+    td_target = manager.td_target(batch.reward, batch.terminated, next_obs, batch.goal)
+    critic_loss, q = manager.critic_loss(td_target, obs, batch.goal, relabeled)
+    manager.critic_step(critic_loss)
+    moved = relabeled - batch.subgoal
+    losses = {
+        "manager/critic_loss": critic_loss,
+        "manager/q": q,
+        "manager/relabeled_share": (moved != 0).any(-1).float().mean(),
+        "manager/relabeled_distance": moved[:, :2].norm(dim=-1).mean(),
+    }
+    subgoal = manager.actor(obs, batch.goal)
+    if not args.flat:
+        coop_loss, weight = cooperative_loss(worker, batch, subgoal, args), coop_weight.value()
+        losses |= {"manager/coop_value": -coop_loss, "manager/coop_weight": weight}
+        if with_weight:
+            coop_weight.update(-coop_loss)
+    if with_actor:
+        actor_loss = -manager.critic.q1(obs, batch.goal, subgoal).mean()
+        if args.coop_weight > 0:
+            actor_loss = actor_loss + weight * coop_loss
+        manager.actor_step(actor_loss)
+        manager.update_target_critic()
+        manager.update_target_actor()
+        losses["manager/actor_loss"] = actor_loss
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+# ----------------------------------------------------------------------------------------------- evaluation
+
+
+def period_metrics(prefix: str, periods: list, reached_radius: float) -> dict:
+    """How well the worker follows. periods: a row per segment, x, y of start, subgoal and end, in metres."""
+    if not periods:
+        return {}
+    start, subgoal, end = np.split(np.asarray(periods, np.float64).reshape(-1, 6), 3, 1)
+    length, distance = np.linalg.norm(subgoal, axis=1), np.linalg.norm(start + subgoal - end, axis=1)
+    return {
+        f"{prefix}/progress": float((((end - start) * subgoal).sum(1) / np.maximum(length, 1e-9)).mean()),
+        f"{prefix}/subgoal_distance": float(distance.mean()),
+        f"{prefix}/subgoal_reached": float((distance < reached_radius).mean()),
+        f"{prefix}/subgoal_length": float(length.mean()),
+        f"{prefix}/subgoal_spread": float(subgoal.std(0).mean()),
+    }
+
+
+def coop_metrics(values: list, args: Args) -> dict:
+    """The worker's value, and where between J_HRL (0) and 0 (1) it is and should be (CHER section 5.4)."""
+    if not values:
+        return {}
+    metrics, reference = {"manager/coop_value": float(np.mean(values))}, args.coop_reference
+    if reference is not None:
+        metrics["manager/coop_ratio"] = (reference - metrics["manager/coop_value"]) / reference
+    if reference is not None and args.coop_delta is not None:
+        metrics["manager/coop_ratio_aim"] = (reference - args.coop_delta) / reference
+    return metrics
+
+
+def split_observation(observation: dict):
+    """The environment's Dict observation -> (obs, goal) as float32."""
+    return observation["observation"].astype(np.float32), observation["desired_goal"].astype(np.float32)
+
+
+def evaluate(env, manager: TD3, worker: TD3, args: Args, seed: int) -> dict:
+    """Noise-free episodes at each evaluation goal, up to the time limit. Uses no random numbers of torch.
+
+    success: inside the goal's radius at the last step; success_any: at any step. Papers use one or the other.
+    """
+    goals = np.reshape(args.eval_goals, (-1, env.task.goal_dim)) if args.eval_goals else env.task.eval_goals
+    dims, metrics, periods, episodes = len(manager.limit), {}, [], []
+    for goal_index, episode in itertools.product(range(len(goals)), range(args.eval_episodes)):
+        options = {"goal": np.asarray(goals[goal_index], np.float64)}
+        observation, _ = env.reset(seed=seed + 1000 * goal_index + episode, options=options)
+        obs, goal = split_observation(observation)
+        success_any, episode_return, steps, episode_over = False, 0.0, 0, False
+        while not episode_over:
+            if steps % args.manager_period == 0:
+                start, subgoal = obs, manager.act(obs, goal, explore=False)
+                first_subgoal = subgoal
+            action = worker.act(obs, subgoal, explore=False)
+            observation, reward, terminated, truncated, info = env.step(action)
+            next_obs, _ = split_observation(observation)
+            subgoal = subgoal_transition(obs[:dims], subgoal, next_obs[:dims])
+            obs, steps, episode_over = next_obs, steps + 1, terminated or truncated
+            episode_return += reward
+            success_any |= bool(info["is_success"])
+            if steps % args.manager_period == 0 or episode_over:
+                periods.append([*start[:2], *first_subgoal[:2], *obs[:2]])
+        distance = np.linalg.norm((obs[: len(goal)] - goal)[: env.task.reward_dims])
+        episodes.append((goal_index, info["is_success"], success_any, episode_return, distance))
+    index, *columns = np.asarray(episodes, np.float64).T
+    for name, values in zip(("success", "success_any", "return", "final_distance"), columns):
+        metrics[f"eval/{name}"] = float(values.mean())
+        if len(goals) > 1:
+            metrics |= {f"eval/{name}_goal{i}": float(values[index == i].mean()) for i in range(len(goals))}
+    return metrics | period_metrics("eval", periods, args.reached_radius)
+
+
+# -------------------------------------------------------------------------------------- logs and checkpoints
+
+
+def describe_run(args: Args) -> dict:
+    """What is needed to repeat a run: arguments, command, versions, commit, machine."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    has_git = shutil.which("git") is not None
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() if has_git else ""
+    packages = ("torch", "gymnasium", "mujoco", "numpy", "tyro")
+    return {
+        "script": SCRIPT,
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit or "unknown",
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "args": dataclasses.asdict(args),
+    }
+
+
+def append_row(path: Path, row: dict):
+    """Add an evaluation to progress.csv, atomically. A resumed run replaces the rows that it repeats."""
+    rows = []
+    if path.exists():
+        with open(path, newline="") as file:
+            rows = [old for old in csv.DictReader(file) if int(old["step"]) < row["step"]]
+    rows.append(row)
+    with open(path.with_suffix(".tmp"), "w", newline="") as file:
+        table = csv.DictWriter(file, list(dict.fromkeys(name for r in rows for name in r)), restval="")
+        table.writeheader()
+        table.writerows(rows)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def to_tensors(tree):
+    """Nested dicts and lists with arrays as tensors, which torch.load(weights_only=True) accepts."""
+    if isinstance(tree, dict):
+        return {name: to_tensors(value) for name, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [to_tensors(value) for value in tree]
+    return torch.from_numpy(tree.copy()) if isinstance(tree, np.ndarray) else tree
+
+
+def log_row(row: dict, run_dir: Path, writer: SummaryWriter, progress: tqdm):
+    """One evaluation to progress.csv, TensorBoard and the console."""
+    append_row(run_dir / "progress.csv", row)
+    for name, value in row.items():
+        writer.add_scalar(name, value, row["step"])
+    progress.set_postfix(success=row["eval/success"], refresh=False)
+    progress.write(
+        f"step {row['step']}: success {row['eval/success']:.2f} (any step {row['eval/success_any']:.2f}), "
+        f"return {row['eval/return']:.1f}, progress {row['eval/progress']:.2f} m, {row['steps_per_second']}/s"
+    )
+
+
+def delta_hint(run_dir: Path) -> str:
+    """After a run without cooperation: J_HRL, from the last tenth of the rows, and what to do with it."""
+    with open(run_dir / "progress.csv", newline="") as file:
+        column = [row["manager/coop_value"] for row in csv.DictReader(file)]
+    values = [float(value) for value in column if value]
+    value = float(np.mean(values[-max(1, len(values) // 10) :]))
+    return (
+        f"J_HRL = {value:.4g}; paper: --coop-delta {0.25 * value:.4g} (25 % of it) for AntGather, "
+        f"{0.75 * value:.4g} (75 %) otherwise, and --coop-reference {value:.4g} to log the cooperation ratio"
+    )
+
+
+def check_finite(losses: dict, step: int, run_dir: Path) -> dict:
+    """Tensors -> numbers; a NaN or an infinity stops the run by name before anything is overwritten."""
+    numbers = {name: float(value) for name, value in losses.items()}
+    bad = [name for name, value in numbers.items() if not np.isfinite(value)]
+    if bad:
+        fail(f"{', '.join(bad)} is not finite at step {step}; the last good model is kept in {run_dir}")
+    return numbers
+
+
+def save_checkpoint(parts: dict, args: Args, path: Path, **more):
+    """Write beside the old file and rename, so that a crash or a full disk leaves the old one whole."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"script": SCRIPT, "format": FORMAT, "args": dataclasses.asdict(args)} | more
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {str(error).splitlines()[0]}; an older file there is untouched")
+
+
+def load_checkpoint(path: str) -> dict:
+    """Read a file of this script. weights_only: a stranger's file cannot run code."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"no checkpoint at {path}")
+    except Exception as error:  # every other failure means a damaged or foreign file
+        fail(f"{path} is not a checkpoint of this suite ({type(error).__name__})")
+    if not isinstance(state, dict) or state.get("script") != SCRIPT:
+        wrong = state.get("script", "something else") if isinstance(state, dict) else "something else"
+        fail(f"{path} was written by {wrong}, not by {SCRIPT}.py")
+    if state["format"] > FORMAT:
+        fail(f"{path} has format {state['format']}, this version reads up to {FORMAT}: update {SCRIPT}.py")
+    unknown = set(state["args"]) - {field.name for field in dataclasses.fields(Args)}
+    if unknown:
+        fail(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
+    return state
+
+
+def load_parts(parts: dict, state: dict, path: str):
+    """Fill the named parts from a checkpoint; other shapes mean another environment or other settings."""
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(state[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            fail(f"{path} does not fit these settings ({name}: {str(error).splitlines()[0]})")
+
+
+def load_worker(worker: TD3, env, args: Args):
+    """The networks of a worker that was trained in another task, for the part of obs that both tasks share.
+
+    AntGather's obs is the ant (29), sensors of apples and bombs (20), time; a maze's is the ant and the time.
+    Without the sensors' weights the worker acts as if they read 0, which says that there is nothing near.
+    """
+    path = args.worker_checkpoint
+    state = load_checkpoint(path)
+    nets, saved = ("actor", "target_actor", "critic", "target_critic"), state["worker"]
+    for name in ("flat", "subgoal_space", "mask_xy", "scale_worker_inputs", "hidden"):
+        if state["args"][name] != getattr(args, name):
+            fail(f"{path} was trained with {name} {state['args'][name]}, this run has {getattr(args, name)}")
+    if SPECS[state["args"]["env"]].kind == "gather" and env.task.kind != "gather":
+        robot = env.robot_nq + env.robot_nv  # entries before the sensors
+        for net in nets:
+            weight = saved[net]["layers.0.weight"]  # both kinds of layers have the inputs in dimension 1
+            more = weight.shape[1] - getattr(worker, net).layers[0].weight.shape[1]
+            saved[net]["layers.0.weight"] = torch.cat([weight[:, :robot], weight[:, robot + more :]], 1)
+    load_parts({net: getattr(worker, net) for net in nets}, saved, path)
+
+
+def freeze_run(step: int, loop: SimpleNamespace, env, device) -> dict:
+    """What networks and buffers do not hold: counters, the running episode, simulator, generators."""
+    generators = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        generators["cuda"] = torch.cuda.get_rng_state(device)
+    return {"step": step, "generators": generators, "env": to_tensors(env.get_state())} | to_tensors(
+        vars(loop)
+    )
+
+
+@contextlib.contextmanager
+def fast_cpu_matmul(args: Args, device):
+    """oneDNN's float32 kernels for the updates: twice as fast as MKL's on AMD, slower for acting's one row.
+
+    The setting's name promises less precision. That holds where the CPU has AMX units, so not used there.
+    """
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    if args.fast_matmul and device.type == "cpu" and x86 and not torch.cpu._is_amx_tile_supported():
+        torch.set_float32_matmul_precision("medium")
+        yield
+        torch.set_float32_matmul_precision("highest")
+    else:
+        yield
+
+
+def load_run(path: str, parts: dict, env, device) -> tuple[int, SimpleNamespace]:
+    """Fill parts and env from a checkpoint.pt. Returns the first step to take and the state of the loop."""
+    state = load_checkpoint(path)
+    if "loop" not in state:
+        fail(f"{path} holds networks only; resume from a checkpoint.pt (--save-every)")
+    load_parts(parts, state, path)
+    loop = {name: value.numpy() if torch.is_tensor(value) else value for name, value in state["loop"].items()}
+    generators = loop.pop("generators")
+    torch.set_rng_state(generators["torch"])
+    if device.type == "cuda" and "cuda" in generators:
+        torch.cuda.set_rng_state(generators["cuda"], device)
+    env.set_state(loop.pop("env"))
+    return loop.pop("step") + 1, SimpleNamespace(**loop)
+
+
+# ----------------------------------------------------------------------------------------------------- main
+
+
+def make_agents(env, args: Args, device) -> tuple[TD3, TD3]:
+    """The two levels, for the sizes of this environment."""
+    obs_dim, goal_dim = env.observation_space["observation"].shape[0], env.task.goal_dim
+    half_range = torch.tensor(SUBGOAL_SPACES[args.subgoal_space], device=device)
+    limit = torch.tensor(args.action_limit or env.action_space.high.tolist(), device=device)
+    if args.flat:
+        half_range = limit  # the "subgoal" is what the robot does
+    if len(half_range) > obs_dim:
+        fail(f"--subgoal-space {args.subgoal_space} needs obs of {len(half_range)}, {args.env} has {obs_dim}")
+    if len(limit) != env.action_space.shape[0]:
+        fail(f"--action-limit needs {env.action_space.shape[0]} numbers for {args.env}")
+    noise = (args.manager_noise, args.manager_target_noise, args.manager_target_noise_clip)
+    noise = [
+        std * half_range for std in noise
+    ]  # the paper's text says "action range", the released code this
+    scale = torch.ones(obs_dim + goal_dim + len(half_range), device=device)
+    manager = TD3(scale, half_range, args.manager_gamma, noise, args)
+    if args.flat:
+        return manager, FlatWorker(limit)
+    noise = (args.worker_noise, args.worker_target_noise, args.worker_target_noise_clip)
+    noise = [std * limit for std in noise]
+    scale = torch.ones(obs_dim + len(half_range) + len(limit), device=device)
+    if args.mask_xy:
+        scale[:2] = 0  # a walk is the same everywhere
+    if args.scale_worker_inputs:
+        scale[obs_dim:] = 1 / torch.cat([half_range, limit])
+    worker = TD3(scale, limit, args.worker_gamma, noise, args)
+    return manager, worker
+
+
+def make_buffers(env, args: Args, manager: TD3, worker: TD3, device) -> tuple:
+    """The segments, for both levels, and the one that is being recorded."""
+    obs_dim, goal_dim = env.observation_space["observation"].shape[0], env.task.goal_dim
+    dims, action_dim, period = len(manager.limit), len(worker.limit), args.manager_period
+    shapes = dict(obs_seq=(period + 1, obs_dim), subgoal_seq=(period + 1, dims), length=())
+    shapes |= dict(action_seq=(period, action_dim), worker_reward_seq=(period,))
+    shapes |= dict(goal=(goal_dim,), reward=(), terminated=())
+    buffer = ReplayBuffer(args.worker_buffer // period, device, **shapes)
+    return buffer, Segment(period, obs_dim, dims, action_dim)
+
+
+def make_run_dir(args: Args) -> Path:
+    """The run's folder, with config.json in it."""
+    default = f"runs/{args.env}__{SCRIPT}__{args.variant}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.run_dir or (Path(args.resume).parent if args.resume else default))
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.json").write_text(json.dumps(describe_run(args), indent=2) + "\n")
+    except OSError as error:
+        fail(f"cannot write to {run_dir}: {error}; choose another --run-dir")
+    if args.track:
+        import wandb
+
+        wandb.init(project="hrl", name=run_dir.name, config=dataclasses.asdict(args), sync_tensorboard=True)
+    return run_dir
+
+
+def main(args: Args):
+    # ---- set up
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if args.device == "auto" else args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)  # numpy's and Python's global generators are not used
+    env, eval_env = make_env(args.env, args.reward), make_env(args.env, args.reward, evaluate=True)
+    manager, worker = make_agents(env, args, device)
+    agents = {"manager": manager, "worker": worker}
+    eval_seed = 1_000_003 * (args.seed + 1)  # far from the seeds of training
+
+    if args.eval_only:
+        load_parts(agents, load_checkpoint(args.checkpoint), args.checkpoint)
+        for name, value in evaluate(eval_env, manager, worker, args, eval_seed).items():
+            print(f"{name:28s} {value:.4f}")
+        return
+
+    if args.worker_checkpoint and not args.resume:
+        load_worker(worker, env, args)
+    worker_learns = not (args.flat or args.freeze_worker)
+    coop_weight = CoopWeight(args, device)
+    buffer, segment = make_buffers(env, args, manager, worker, device)
+    parts = agents | {"coop_weight": coop_weight, "buffer": buffer, "segment": segment}
+    run_dir, period, dims = make_run_dir(args), args.manager_period, len(manager.limit)
+
+    # ---- start, or continue
+    if args.resume:
+        first_step, loop = load_run(args.resume, parts, env, device)
+    else:
+        first_step, loop = 1, SimpleNamespace(losses={}, seconds=0.0, periods=[], heights=[], flips=[])
+        loop.worker_returns, loop.coop_values = [], []
+        loop.obs, loop.goal = split_observation(env.reset(seed=args.seed)[0])
+        loop.subgoal = explore(manager, loop.obs, loop.goal, warm_up=True)
+        segment.start(loop.obs, loop.subgoal)
+    stop = []  # signals received
+    handlers = {n: signal.signal(n, lambda number, frame: stop.append(number)) for n in STOP_SIGNALS}
+    writer = SummaryWriter(str(run_dir), purge_step=first_step)
+    progress = tqdm(total=args.total_steps, initial=first_step - 1, unit="step", mininterval=2, disable=None)
+    if first_step > args.total_steps:
+        fail(f"{args.resume} is at step {first_step - 1} already; raise --total-steps")
+    begin, last_time, last_step = time.time() - loop.seconds, time.time(), first_step - 1
+
+    for step in range(first_step, args.total_steps + 1):
+        # ---- act
+        obs, goal, subgoal = loop.obs, loop.goal, loop.subgoal
+        if worker_learns:
+            action = explore(worker, obs, subgoal, warm_up=step <= args.learning_starts)
+        else:
+            action = worker.act(obs, subgoal, explore=False)
+
+        # ---- learn from all steps up to the last; a GPU does so while the CPU simulates the next one
+        updates = step - args.learning_starts
+        with fast_cpu_matmul(args, device):
+            if updates > 0:
+                batch = sample_segments(buffer, args)
+            if updates > 0 and updates % period == 0:
+                with_actor = updates % (period * args.manager_actor_every) == 0
+                due = (with_actor, args.coop_delta is not None and updates > period * args.coop_starts)
+                loop.losses |= update_manager(manager, worker, coop_weight, batch, args, *due)
+                if not args.flat:
+                    loop.coop_values.append(float(loop.losses["manager/coop_value"]))
+            if updates > 0 and worker_learns:
+                with_actor = updates % args.worker_actor_every == 0
+                loop.losses |= update_worker(worker, batch, args, with_actor)
+
+        # ---- step the environment
+        observation, reward, terminated, truncated, info = env.step(action)
+        next_obs, _ = split_observation(observation)
+        achieved, next_achieved, episode_over = obs[:dims], next_obs[:dims], terminated or truncated
+        next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
+        # easy to overlook: the subgoal that the worker acted on, and its successor in the same period
+        worker_reward = intrinsic_reward(achieved, subgoal, next_achieved)
+        segment.add(action, reward, worker_reward, next_obs, next_subgoal)
+
+        # ---- close the segment
+        if segment.length == period or episode_over:
+            rest = dict(goal=goal, reward=args.manager_reward_scale * segment.reward, terminated=terminated)
+            if args.hindsight:
+                buffer.add(**hindsight_sequences(segment.sequences(), dims), **rest)
+            if not args.hindsight or torch.rand(()) < args.subgoal_testing_rate:
+                buffer.add(**segment.sequences(), **rest)
+            xy_rows = (segment.obs_seq[0, :2], segment.subgoal_seq[0, :2], next_obs[:2])
+            loop.periods.append(np.concatenate(xy_rows).tolist())
+            loop.worker_returns.append(float(segment.worker_reward_seq.sum()))
+            if not episode_over:
+                next_subgoal = explore(manager, next_obs, goal, warm_up=step < args.learning_starts)
+                segment.start(next_obs, next_subgoal)
+        loop.obs, loop.subgoal = next_obs, next_subgoal
+        loop.heights.append(info["torso_height"])
+        loop.flips.append(info["upside_down"])
+
+        if episode_over:
+            loop.obs, loop.goal = split_observation(env.reset()[0])
+            loop.subgoal = explore(manager, loop.obs, loop.goal, warm_up=step < args.learning_starts)
+            segment.start(loop.obs, loop.subgoal)
+
+        # ---- evaluate, log, save
+        progress.update()
+        if step % 1000 == 0:
+            check_finite(loop.losses, step, run_dir)
+        if step % args.eval_every == 0 or step == args.total_steps:
+            row = {"step": step, "time": round(time.time() - begin, 1)}
+            row["steps_per_second"] = round((step - last_step) / (time.time() - last_time), 1)
+            row |= evaluate(eval_env, manager, worker, args, eval_seed + step)
+            row |= period_metrics("worker", loop.periods, args.reached_radius)
+            row["worker/torso_height"] = float(np.mean(loop.heights))
+            row["worker/upside_down"] = float(np.mean(loop.flips))
+            row["worker/period_return"] = float(np.mean(loop.worker_returns or [0.0]))
+            if args.flat:  # nobody to follow
+                row |= {name: 0.0 for name in row if name.endswith(("progress", "period_return"))}
+                row |= {name: 0.0 for name in row if "subgoal" in name}
+            row |= check_finite(loop.losses, step, run_dir) | coop_metrics(loop.coop_values, args)
+            log_row(row, run_dir, writer, progress)
+            save_checkpoint(agents, args, run_dir / "model.pt")
+            loop.periods, loop.heights, loop.flips = [], [], []
+            loop.worker_returns, loop.coop_values = [], []
+            last_time, last_step = time.time(), step
+        if stop or (args.save_every and (step % args.save_every == 0 or step == args.total_steps)):
+            check_finite(loop.losses, step, run_dir)
+            loop.seconds = time.time() - begin
+            save_checkpoint(parts, args, run_dir / "checkpoint.pt", loop=freeze_run(step, loop, env, device))
+        if stop:
+            progress.write(f"stopped at step {step}; continue with --resume {run_dir / 'checkpoint.pt'}")
+            break
+    progress.close()
+    writer.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    is_hrl = args.coop_weight == 0 and args.relabeling == "none" and not args.hindsight
+    if is_hrl and not stop and "manager/coop_value" in loop.losses:
+        print(delta_hint(run_dir))
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,344 @@
+"""benchmark/plot.py against numbers by hand; benchmark/run.py: grids that end, stop, go on and fail."""
+
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, read_rows
+
+TINY = "--learning-starts 100 --eval-every 150 --eval-episodes 1 --hidden 32 --batch-size 16".split()
+TIMEOUT = 300  # s; far more than it takes on a free core
+
+# --------------------------------------------------------------------------------------------------- plot.py
+
+
+@pytest.fixture(scope="session")
+def plot():
+    """The module."""
+    pytest.importorskip("scipy")
+    spec = importlib.util.spec_from_file_location("plot", ROOT / "benchmark" / "plot.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_run(folder, rows, script="hiro", env="PointMaze-U", variant="default", seed=1, **settings):
+    """A run's progress.csv and config.json; rows: {step: value of eval/success}."""
+    folder.mkdir(parents=True)
+    lines = [f"{step},{value}" for step, value in rows.items()]
+    (folder / "progress.csv").write_text("\n".join(["step,eval/success", *lines]) + "\n")
+    args = {"env": env, "variant": variant, "seed": seed, **settings}
+    (folder / "config.json").write_text(json.dumps({"script": script, "args": args}))
+
+
+@pytest.fixture
+def draw(plot, tmp_path, capsys, monkeypatch):
+    """draw(*flags): what it printed, each panel's legend, its number of bands, the bytes of the PNG."""
+
+    def draw(*flags):
+        out, figures = tmp_path / "figures" / "curves.png", []
+        monkeypatch.setattr(plot.plt, "close", figures.append)
+        args = plot.tyro.cli(plot.Args, args=[str(tmp_path), "--out", str(out), *flags])
+        plot.draw(plot.read_runs(args), args)
+        (figure,) = figures
+        legends = {a.get_title(): [t.get_text() for t in a.get_legend().get_texts()] for a in figure.axes}
+        bands = {axis.get_title(): len(axis.collections) for axis in figure.axes}
+        monkeypatch.undo()
+        plot.plt.close(figure)
+        printed = capsys.readouterr().out
+        return SimpleNamespace(out=printed, legends=legends, bands=bands, png=out.read_bytes())
+
+    return draw
+
+
+def test_mean_and_interquartile_mean(plot):
+    """Four seeds, two steps. IQM: without the lowest and the highest."""
+    values = [[0, 4], [10, 4], [1, 4], [0, 4]]
+    np.testing.assert_allclose(plot.aggregate(values, "mean")[0], [2.75, 4])
+    np.testing.assert_allclose(plot.aggregate(values, "iqm")[0], [0.5, 4])
+    np.testing.assert_allclose(plot.aggregate([[1], [2], [6]], "iqm")[0], [3])  # a quarter of 3 is none
+
+
+@pytest.mark.parametrize("statistic", ["mean", "iqm"])
+def test_interval(plot, statistic):
+    """Two seeds 0 and 1: a resample's mean is 0, 1/2 or 1 with probability 1/4, 1/2, 1/4, so 2.5 % is 0."""
+    _, interval = plot.aggregate([[0, 3], [1, 3]], statistic)
+    np.testing.assert_allclose(interval, [[0, 3], [1, 3]])
+    assert plot.aggregate([[0, 3]], statistic)[1] is None
+
+
+def test_interval_of_five_seeds(plot):
+    """One of five succeeds. In a resample: binomial(5, 1/5), P(0) = 0.33, P(<= 2) = 0.94, P(<= 3) = 0.993."""
+    _, interval = plot.aggregate([[0], [0], [0], [0], [1]], "mean")
+    np.testing.assert_allclose(interval[:, 0], [0, 3 / 5])
+
+
+def test_common_steps(plot):
+    steps, values = plot.common_steps([{100: 1.0, 200: 2.0, 300: 3.0}, {150: 0.0, 300: 5.0, 100: 4.0}])
+    assert steps.tolist() == [100, 300] and values.tolist() == [[1, 3], [4, 5]]
+
+
+def test_figure(draw, tmp_path):
+    """The two layouts of folders, a shorter seed, a line of one seed, two environments."""
+    for seed, last in ((1, {2000: 1.0}), (2, {2000: 0.0, 3000: 1.0})):
+        folder = tmp_path / "results" / "hiro" / "PointMaze-U" / "default" / f"seed{seed}"
+        write_run(folder, {1000: 0.0} | last, seed=seed)
+    write_run(tmp_path / "runs" / "PointMaze-U__cher__default__1__1", {1000: 0.25}, script="cher")
+    write_run(
+        tmp_path / "runs" / "AntMaze-U__hiro__fun__7__1",
+        {5: 0.5, 10: ""},
+        env="AntMaze-U",
+        variant="fun",
+        seed=7,
+    )
+    drawn = draw()
+    assert drawn.legends["PointMaze-U"] == ["cher/default (n=1)", "hiro/default (n=2)"]
+    assert drawn.legends["AntMaze-U"] == ["hiro/fun (n=1)"]
+    assert drawn.bands == {"PointMaze-U": 1, "AntMaze-U": 0}
+    assert "PointMaze-U, hiro/default (n=2): eval/success at step 2000: 0.5 [0, 1]\n" in drawn.out
+    assert (
+        "AntMaze-U, hiro/fun (n=1): eval/success at step 5: 0.5\n" in drawn.out
+    )  # the empty cell is no number
+    assert "hiro/default: 2 of 3 steps are common" in drawn.out
+    assert drawn.png.startswith(b"\x89PNG") and drawn.png == draw().png
+
+
+def test_lines(draw, tmp_path):
+    """By a setting; a folder's <variant>/seed<k> goes before the name in config.json; a seed counts once."""
+    write_run(tmp_path / "a" / "seed1", {1: 1.0}, reward="dense")
+    write_run(tmp_path / "b" / "seed1", {1: 1.0}, reward="sparse")
+    write_run(tmp_path / "PointMaze-U__1", {1: 1.0, 2: 1.0}, variant="a", reward="dense")
+    drawn = draw()
+    assert drawn.legends["PointMaze-U"] == ["hiro/a (n=1)", "hiro/b (n=1)"]
+    assert f"is longer or newer: {tmp_path / 'a' / 'seed1'}" in drawn.out
+    assert draw("--by", "reward").legends["PointMaze-U"] == ["hiro/dense (n=1)", "hiro/sparse (n=1)"]
+
+
+def test_plot_refuses(plot, tmp_path):
+    write_run(tmp_path / "full" / "a", {1: 1.0}, seed=1)
+    write_run(tmp_path / "full" / "b", {2: 1.0}, seed=2)
+    write_run(tmp_path / "half" / "a", {1: 1.0})
+    (tmp_path / "half" / "a" / "config.json").unlink()
+    (tmp_path / "empty").mkdir()
+    for flags, message in (
+        (["empty"], "no progress.csv below"),
+        (["nowhere"], "no such folder"),
+        (["full", "--metric", "eval/luck"], "no run has eval/luck; columns: step, eval/success"),
+        (["full", "--by", "luck"], "--by luck: no setting of"),
+        (["full"], "its 2 runs have no step of evaluation in common"),
+        (["half"], "not a run's"),
+        (["full/a", "--out", "full/a/progress.csv/curves.png"], "cannot write"),
+    ):
+        args = plot.tyro.cli(plot.Args, args=flags)
+        args.paths = tuple(tmp_path / path for path in args.paths)
+        args.out = tmp_path / args.out
+        with pytest.raises(SystemExit, match=message) as error:
+            plot.draw(plot.read_runs(args), args)
+        assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------- run.py
+
+
+@pytest.fixture(scope="module")
+def start_grid():
+    """start_grid(*flags, extra=()): python benchmark/run.py, one environment and one seed by default."""
+    started = []
+
+    def start_grid(*flags, extra=(), **options):
+        command = [sys.executable, "benchmark/run.py", "--script", "hiro.py", "--env", "PointMaze-U"]
+        command += ["--seeds", "1", *map(str, flags), "--", *TINY, *map(str, extra)]
+        streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+        started.append(subprocess.Popen(command, **streams, **options))
+        return started[-1]
+
+    yield start_grid
+    for process in started:
+        process.terminate()  # and so what it runs, if a test failed
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def grid(start_grid):
+    """The same, with the exit status and all that it printed."""
+
+    def grid(*flags, **options):
+        process = start_grid(*flags, **options)
+        out = process.communicate(timeout=TIMEOUT)[0]
+        return SimpleNamespace(code=process.returncode, out=out)
+
+    return grid
+
+
+def wait_for(path, process):
+    """Until the file exists."""
+    end = time.time() + TIMEOUT
+    while not path.exists():
+        assert time.time() < end and process.poll() is None, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def finished(grid, tmp_path_factory):
+    """A grid of two seeds that went through: its folder and what was printed."""
+    results = tmp_path_factory.mktemp("results")
+    return results, grid("--results", results, "--seeds", 2, extra=("--total-steps", 300))
+
+
+def test_grid(finished):
+    results, done = finished
+    assert done.code == 0, done.out
+    lines = done.out.splitlines()
+    assert len(lines) == 2
+    for seed, line in enumerate(sorted(lines), start=1):
+        folder = results / "hiro" / "PointMaze-U" / "default" / f"seed{seed}"
+        name, command = line.split(": ", 1)
+        words = shlex.split(command)
+        assert name == f"hiro/PointMaze-U/default/seed{seed}" and words[0] == sys.executable
+        config = json.loads((folder / "config.json").read_text())
+        assert config["command"] == " ".join(["python", *words[1:]])
+        args = config["args"]
+        assert (args["seed"], args["threads"], args["variant"]) == (seed, 1, "default")
+        assert [row["step"] for row in read_rows(folder)] == ["150", "300"]
+        log = (folder / "log.txt").read_text()
+        assert log.startswith(f"$ {command}\n") and "step 300: success" in log
+
+
+def test_finished_runs_are_skipped(finished, grid):
+    results, _ = finished
+    folder = results / "hiro" / "PointMaze-U" / "default" / "seed1"
+    before = (folder / "log.txt").read_text()
+    again = grid("--results", results, "--seeds", 2, extra=("--total-steps", 300))
+    assert again.code == 0 and again.out.count(": skipped, finished\n") == 2, again.out
+    assert (folder / "log.txt").read_text() == before
+    other = grid("--results", results, extra=("--total-steps", 300, "--tau", 0.1))
+    assert other.code == 0 and "skipped, finished BY ANOTHER COMMAND: python" in other.out
+
+
+def test_failure_is_named(finished, grid):
+    """Seed 1 is whole; seed 2 is not, and its checkpoint is none."""
+    results, _ = finished
+    folder = results / "hiro" / "PointMaze-U" / "default" / "seed2"
+    (folder / "progress.csv").rename(folder / "kept")
+    (folder / "checkpoint.pt").rename(folder / "kept.pt")
+    (folder / "checkpoint.pt").write_text("no checkpoint")
+    again = grid("--results", results, "--seeds", 2, extra=("--total-steps", 300))
+    (folder / "kept").rename(folder / "progress.csv")
+    (folder / "kept.pt").rename(folder / "checkpoint.pt")
+    assert again.code == 1 and "1 of 1 runs did not finish" in again.out, again.out
+    last = again.out.splitlines()[-1]
+    assert last.startswith("  hiro/PointMaze-U/default/seed2: exit status 1: hiro.py: error: ")
+    assert "is not a checkpoint of this suite" in last
+
+
+def test_interrupted_grid_goes_on(start_grid, grid, tmp_path):
+    """Ctrl-C: the running one saves, the queued one does not start; then the first goes on to an end."""
+    folder = tmp_path / "hiro" / "PointMaze-U" / "default" / "seed1"
+    flags = ("--results", tmp_path, "--workers", 1)
+    process = start_grid(*flags, "--seeds", 2, extra=("--total-steps", "1e6"))
+    wait_for(folder / "progress.csv", process)
+    assert not (folder / "checkpoint.pt").exists()
+    locked = grid(*flags, extra=("--total-steps", "1e6"))
+    assert locked.code == 1 and "another process is at it" in locked.out
+    process.send_signal(signal.SIGINT)
+    out = process.communicate(timeout=TIMEOUT)[0]
+    assert process.returncode == 1 and "2 of 2 runs did not finish" in out, out
+    step = torch.load(folder / "checkpoint.pt", weights_only=True)["loop"]["step"]
+    assert f"seed1: stopped at step {step}; continue with --resume" in out
+    assert "seed2: not started" in out and not (folder.parent / "seed2").exists()
+
+    done = grid(*flags, extra=("--total-steps", step + 10))
+    assert done.code == 0 and f"--resume {folder / 'checkpoint.pt'}" in done.out, done.out
+    assert read_rows(folder)[0]["step"] == "150" and read_rows(folder)[-1]["step"] == str(step + 10)
+
+
+def test_longer_run_without_a_checkpoint_is_not_overwritten(grid, tmp_path):
+    write_run(tmp_path / "hiro" / "PointMaze-U" / "default" / "seed1", {10: 1.0}, total_steps=10)
+    refused = grid("--results", tmp_path, extra=("--total-steps", 20))
+    assert refused.code == 1 and refused.out.count("\n") == 1 and "without a checkpoint.pt" in refused.out
+
+
+def test_run_refuses(grid, tmp_path):
+    for flags, extra, message in (
+        (("--script", "hirro.py"), (), "no script hirro.py"),
+        (("--seeds", 0), (), "at least 1"),
+        ((), ("--seed", 3), "not after --: --seed"),
+    ):
+        refused = grid("--results", tmp_path, *flags, extra=extra)
+        assert refused.code == 1 and refused.out.startswith("run.py: error: ") and message in refused.out
+        assert refused.out.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------------------- Slurm
+
+
+def children(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the job's process by /proc")
+def test_preempted_job_goes_on(start_grid, tmp_path):
+    """submitit's local executor; the job gets Slurm's signal, after its first checkpoint."""
+    pytest.importorskip("submitit")
+    folder = tmp_path / "hiro" / "PointMaze-U" / "default" / "seed1"
+    flags = ("--results", tmp_path, "--slurm", "local", "--save-every", 200)
+    process = start_grid(*flags, extra=("--total-steps", 900))
+    wait_for(folder / "checkpoint.pt", process)
+    (controller,) = children(process.pid)
+    (job,) = children(controller)
+    os.kill(job, signal.SIGUSR2)
+    out = process.communicate(timeout=TIMEOUT)[0]
+    assert process.returncode == 0 and "hiro/PointMaze-U/default/seed1: job " in out, out
+    log = (folder / "log.txt").read_text()
+    first, second = [line for line in log.splitlines() if line.startswith("$ ")]
+    assert "--resume" not in first and f"--resume {folder / 'checkpoint.pt'}" in second
+    assert "stopped at step" in log
+    steps = [int(row["step"]) for row in read_rows(folder)]
+    assert steps == [150, 300, 450, 600, 750, 900]
+
+
+def test_slurm_job_array(grid, tmp_path):
+    """What sbatch gets, from an sbatch of our own."""
+    pytest.importorskip("submitit")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("srun", ""), ("sbatch", 'cp "$1" "$0.sh"; echo Submitted batch job 4711')):
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    flags = ("--results", tmp_path, "--seeds", 3, "--slurm", "long", "--slurm-hours", 1.5)
+    flags += ("--slurm-options", "mem=8G", "exclusive")
+    environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"}
+    done = grid(*flags, env=environment)
+    assert done.code == 0 and "seed3: job 4711_2: " in done.out, done.out
+    sbatch = (programs / "sbatch.sh").read_text()
+    for option in ("partition=long", "array=0-2%2", "time=90", "cpus-per-task=1", "mem=8G", "exclusive"):
+        assert f"#SBATCH --{option}\n" in sbatch, option
+    (programs / "srun").unlink()
+    environment["PATH"] = str(programs)
+    refused = grid(*flags, env=environment)
+    assert refused.code == 1 and refused.out.startswith("run.py: error: cannot submit: "), refused.out
+
+
+def test_missing_libraries(grid, tmp_path):
+    """One line each."""
+    for name in ("scipy", "submitit"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    refused = grid("--results", tmp_path, "--slurm", "long", env=environment)
+    assert refused.code == 1 and refused.out.startswith("run.py: error: --slurm needs submitit: pip")
+    assert refused.out.count("\n") == 1
+    command = [sys.executable, "benchmark/plot.py", str(tmp_path)]
+    plotted = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=TIMEOUT
+    )
+    assert plotted.returncode == 1 and plotted.stderr.startswith("plot.py: error: needs scipy: pip")
