@@ -244,7 +244,7 @@ PRESETS: dict[str, dict] = {
     "AntFourRooms": {"source": "no settings were published; those of AntMaze-U"},
     "AntGather": {"source": "no settings were published; no goals, so no landmarks", "landmark_weight": 0.0},
     "PointMaze-U": {
-        "source": "released script of PointMaze-v1; adjacency, model and planner start early, for runs of minutes",
+        "source": "released script of PointMaze-v1; adjacency, model, planner early, for runs of minutes",
         "adjacency_factor": 0.7,
         "rollout_planning_weight": 5e-5,
         "adjacency_every": 10_000,
@@ -533,7 +533,7 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, device, **shapes: tuple[int, ...]):
         self.shapes, self.sizes = shapes, [int(np.prod(shape)) for shape in shapes.values()]
-        self.rows = torch.zeros(capacity, sum(self.sizes), device=device)
+        self.rows = torch.empty(capacity, sum(self.sizes), device=device)  # memory is taken as it fills
         self.added = 0  # entries ever added
         self.size = torch.zeros(
             (), device=device
@@ -647,8 +647,8 @@ class DynamicsEnsemble(nn.Module):
     def sample_delta(self, obs, action):
         """A draw of s' - s, each row from one member at random. Differentiable. [B, .] -> [B, obs_dim]
 
-        Rows are shuffled, dealt to the members in turn (the last round filled up with repetitions), and put back
-        in order, so that each row is computed once and not by all members.
+        Rows are shuffled, dealt to the members in turn (the last round filled up with repetitions), and put
+        back in order, so that each row is computed once and not by all members.
         """
         members, rows = len(self.layers[0].weight), len(obs)
         order = torch.rand(rows, device=obs.device).argsort()

@@ -437,7 +437,7 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, device, **shapes: tuple[int, ...]):
         self.shapes, self.sizes = shapes, [int(np.prod(shape)) for shape in shapes.values()]
-        self.rows = torch.zeros(capacity, sum(self.sizes), device=device)
+        self.rows = torch.empty(capacity, sum(self.sizes), device=device)  # memory is taken as it fills
         self.added = 0  # entries ever added
         self.size = torch.zeros(
             (), device=device
