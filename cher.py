@@ -105,6 +105,9 @@ class Args:
     relabeling: Literal["off_policy", "fun", "none"] = "none"  # HIRO's correction and its ablation
     candidates: int = 10  # K, of which one is the stored subgoal and one the displacement
     candidate_noise: float = 0.5  # std of the drawn candidates around the displacement, times half-range
+    random_subgoals: float = (
+        0.0  # share of subgoals drawn uniformly; not in the paper, diversity for the worker
+    )
     fun_noise: float = 0.1  # the same for --relabeling fun, which draws one and takes it unseen
 
     # --- Cooperation (CHER section 4) ---
@@ -130,7 +133,10 @@ class Args:
     critic_weight_decay: float = 0.0  # Adam's L2 term
     tau: float = 0.005  # step of the target networks
     batch_size: int = 128  # segments per update, and as many of their steps
-    learning_starts: Count = 10_000  # first steps only collect, uniformly at random at both levels
+    learning_starts: Count = 10_000  # first steps only collect
+    uniform_warmup: bool = (
+        True  # they do so uniformly at random at both levels, not by the untrained policies
+    )
     worker_actor_every: int = 2  # critic updates per update of the worker's actor and targets
     manager_actor_every: int = 2  # the same for the manager
 
@@ -457,6 +463,13 @@ class TD3:
                 group["capturable"] = self.limit.is_cuda
 
 
+def explore(agent: TD3, obs, goal, random_share: float):
+    """The noisy policy's action, or with the given chance one that is uniform within the limit."""
+    if random_share == 0 or (random_share < 1 and torch.rand(()) >= random_share):
+        return agent.act(obs, goal, explore=True)
+    return ((2 * torch.rand_like(agent.limit) - 1) * agent.limit).cpu().numpy()
+
+
 class FlatWorker:
     """In the worker's place with --flat: what the manager says is done. Nothing to learn."""
 
@@ -471,13 +484,6 @@ class FlatWorker:
 
     def load_state_dict(self, state: dict):
         pass
-
-
-def explore(agent, obs, goal, warm_up: bool):
-    """The noisy policy's action; during the warm-up one that is uniform within the limit instead."""
-    if not warm_up:
-        return agent.act(obs, goal, explore=True)
-    return ((2 * torch.rand_like(agent.limit) - 1) * agent.limit).cpu().numpy()
 
 
 # --------------------------------------------------------------------------------------------------- replay
@@ -1011,15 +1017,13 @@ def make_agents(env, args: Args, device) -> tuple[TD3, TD3]:
     if len(limit) != env.action_space.shape[0]:
         fail(f"--action-limit needs {env.action_space.shape[0]} numbers for {args.env}")
     noise = (args.manager_noise, args.manager_target_noise, args.manager_target_noise_clip)
-    noise = [
-        std * half_range for std in noise
-    ]  # the paper's text says "action range", the released code this
+    noise = [std * half_range for std in noise]  # as released; the paper's text has the range, twice that
     scale = torch.ones(obs_dim + goal_dim + len(half_range), device=device)
     manager = TD3(scale, half_range, args.manager_gamma, noise, args)
     if args.flat:
         return manager, FlatWorker(limit)
     noise = (args.worker_noise, args.worker_target_noise, args.worker_target_noise_clip)
-    noise = [std * limit for std in noise]
+    noise = [0 * limit] * 3 if args.freeze_worker else [std * limit for std in noise]
     scale = torch.ones(obs_dim + len(half_range) + len(limit), device=device)
     if args.mask_xy:
         scale[:2] = 0  # a walk is the same everywhere
@@ -1089,7 +1093,7 @@ def main(args: Args):
         first_step, loop = 1, SimpleNamespace(losses={}, seconds=0.0, periods=[], heights=[], flips=[])
         loop.worker_returns, loop.coop_values = [], []
         loop.obs, loop.goal = split_observation(env.reset(seed=args.seed)[0])
-        loop.subgoal = explore(manager, loop.obs, loop.goal, warm_up=True)
+        loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, float(args.uniform_warmup))
         segment.start(loop.obs, loop.subgoal)
     stop = []  # signals received
     handlers = {n: signal.signal(n, lambda number, frame: stop.append(number)) for n in STOP_SIGNALS}
@@ -1102,10 +1106,9 @@ def main(args: Args):
     for step in range(first_step, args.total_steps + 1):
         # ---- act
         obs, goal, subgoal = loop.obs, loop.goal, loop.subgoal
-        if worker_learns:
-            action = explore(worker, obs, subgoal, warm_up=step <= args.learning_starts)
-        else:
-            action = worker.act(obs, subgoal, explore=False)
+        warm_up = args.uniform_warmup and step <= args.learning_starts
+        random_subgoals = 1.0 if warm_up else args.random_subgoals
+        action = explore(worker, obs, subgoal, float(warm_up and worker_learns))
 
         # ---- learn from all steps up to the last; a GPU does so while the CPU simulates the next one
         updates = step - args.learning_starts
@@ -1138,11 +1141,11 @@ def main(args: Args):
                 buffer.add(**hindsight_sequences(segment.sequences(), dims), **rest)
             if not args.hindsight or torch.rand(()) < args.subgoal_testing_rate:
                 buffer.add(**segment.sequences(), **rest)
-            xy_rows = (segment.obs_seq[0, :2], segment.subgoal_seq[0, :2], next_obs[:2])
+            xy_rows = (segment.obs_seq[0, :2], loop.first_subgoal[:2], next_obs[:2])
             loop.periods.append(np.concatenate(xy_rows).tolist())
             loop.worker_returns.append(float(segment.worker_reward_seq.sum()))
             if not episode_over:
-                next_subgoal = explore(manager, next_obs, goal, warm_up=step < args.learning_starts)
+                next_subgoal = loop.first_subgoal = explore(manager, next_obs, goal, random_subgoals)
                 segment.start(next_obs, next_subgoal)
         loop.obs, loop.subgoal = next_obs, next_subgoal
         loop.heights.append(info["torso_height"])
@@ -1150,7 +1153,7 @@ def main(args: Args):
 
         if episode_over:
             loop.obs, loop.goal = split_observation(env.reset()[0])
-            loop.subgoal = explore(manager, loop.obs, loop.goal, warm_up=step < args.learning_starts)
+            loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, random_subgoals)
             segment.start(loop.obs, loop.subgoal)
 
         # ---- evaluate, log, save

@@ -536,12 +536,15 @@ def test_schedule(toy_run, monkeypatch):
 
 
 def watch(monkeypatch):
-    """Which level was asked by explore(), whether in the warm-up, and the answer."""
+    """Which level was asked by explore(), whether for a random action, and the answer."""
     calls, explore = [], cher.explore
 
-    def noted(agent, obs, goal, warm_up):
-        action = explore(agent, obs, goal, warm_up)
-        calls.append((float(agent.limit[0]), warm_up, np.array(obs), np.array(goal), np.array(action)))
+    def noted(agent, obs, goal, random_share):
+        action = explore(agent, obs, goal, random_share)
+        if not isinstance(agent, cher.FlatWorker):
+            calls.append(
+                (float(agent.limit[0]), random_share, np.array(obs), np.array(goal), np.array(action))
+            )
         return action
 
     monkeypatch.setattr(cher, "explore", noted)
@@ -601,15 +604,15 @@ def test_warm_up(toy_run, monkeypatch):
     toy_run(
         cher, 1500, ToyEnv(100), learning_starts=1400, manager_period=2, worker_noise=0.0, manager_noise=0.0
     )
-    worker = [(warm_up, action) for limit, warm_up, _, _, action in calls if limit == 1]
-    manager = [(warm_up, action) for limit, warm_up, _, _, action in calls if limit == 10]
-    assert [warm_up for warm_up, _ in worker] == [True] * 1400 + [False] * 100
-    assert [warm_up for warm_up, _ in manager] == [True] * 700 + [False] * 51
+    worker = [(share, action) for limit, share, _, _, action in calls if limit == 1]
+    manager = [(share, action) for limit, share, _, _, action in calls if limit == 10]
+    assert [share for share, _ in worker] == [1] * 1400 + [0] * 100
+    assert [share for share, _ in manager] == [1] * 701 + [0] * 50  # one is still drawn at step 1400
     for level, half_range in ((worker, 1), (manager, 10)):
-        random = np.stack([action for warm_up, action in level if warm_up]) / half_range
+        random = np.stack([action for share, action in level if share]) / half_range
         assert np.abs(random).max() <= 1 and np.abs(random).max() > 0.99
         assert np.allclose(random.mean(0), 0, atol=0.08) and np.allclose(random.std(0), 3**-0.5, atol=0.04)
-        policy = np.stack([action for warm_up, action in level if not warm_up]) / half_range
+        policy = np.stack([action for share, action in level if not share]) / half_range
         assert np.abs(policy).max() < 0.3  # untrained networks say nearly 0
 
 
@@ -640,7 +643,7 @@ def test_exploration(monkeypatch, mean, limit, noisy):
     )
     agent.act = lambda *inputs, **flags: cher.TD3.act(agent, *inputs, **flags)
     obs = np.zeros(3, np.float32)
-    assert cher.explore(agent, obs, obs, warm_up=False).tolist() == pytest.approx(noisy)
+    assert cher.explore(agent, obs, obs, 0.0).tolist() == pytest.approx(noisy)
 
 
 def test_target_smoothing(monkeypatch):
@@ -793,7 +796,7 @@ def test_flat(toy_run, monkeypatch):
     for record, (obs, action, next_obs), step in zip(records, env.log, steps, strict=True):
         assert np.allclose(record.obs_seq, [obs, next_obs]) and record.reward == pytest.approx(-10 * step)
         assert np.array_equal(record.subgoal_seq[0], action) and np.array_equal(record.action_seq[0], action)
-    assert [warm_up for _, warm_up, *_ in calls] == [True] * 20 + [False] * 15
+    assert [share for _, share, *_ in calls] == [1] * 21 + [0] * 14
     assert all(limit == 1 and goal.tolist() == [3, 4] for limit, _, _, goal, _ in calls)
 
 
@@ -916,38 +919,23 @@ def test_workers_that_do_not_transfer(tmp_path, saved, wanted, word):
 def test_frozen_worker(tmp_path, monkeypatch):
     """It neither learns nor explores, also in the warm-up, while the manager learns; then the run resumes."""
     gather_worker(tmp_path / "old.pt", hidden=32)
-    acts, act = [], cher.TD3.act
+    asked, explore = [], cher.explore
     made, make = [], cher.make_agents
     monkeypatch.setattr(cher, "make_agents", lambda *inputs: made.append(make(*inputs)) or made[-1])
 
-    def noted(agent, obs, goal, explore):
-        acts.append((agent, explore))
-        return act(agent, obs, goal, explore)
+    def noted(agent, obs, goal, random_share):
+        action = explore(agent, obs, goal, random_share)
+        if agent is made[-1][1]:
+            asked.append(np.array_equal(action, agent.act(obs, goal, explore=False)))
+        return action
 
-    monkeypatch.setattr(cher.TD3, "act", noted)
-    flags = [
-        "--env",
-        "AntMaze-ULarge",
-        *TINY,
-        "--total-steps",
-        "85",
-        "--eval-every",
-        "1000",
-        "--save-every",
-        "80",
-    ]
-    flags += [
-        "--worker-checkpoint",
-        str(tmp_path / "old.pt"),
-        "--freeze-worker",
-        "--run-dir",
-        str(tmp_path / "run"),
-    ]
+    monkeypatch.setattr(cher, "explore", noted)
     monkeypatch.setattr(cher, "evaluate", lambda *inputs: NO_EVALUATION)
-    cher.main(cher.parse_args(flags))
+    flags = ["--env", "AntMaze-ULarge", *TINY, "--total-steps", "85", "--eval-every", "1000"]
+    flags += ["--save-every", "80", "--run-dir", str(tmp_path / "run"), "--freeze-worker"]
+    cher.main(cher.parse_args([*flags, "--worker-checkpoint", str(tmp_path / "old.pt")]))
     ((manager, worker),) = made
-    asked = [explore for agent, explore in acts if agent is worker]
-    assert asked == [False] * 85
+    assert asked == [True] * 85  # just what the policy says
     old = torch.load(tmp_path / "old.pt", weights_only=True)["worker"]
     assert torch.equal(worker.actor.layers[1].weight, old["actor"]["layers.1.weight"])
     assert torch.equal(worker.target_critic.layers[2].weight, old["target_critic"]["layers.2.weight"])
@@ -960,6 +948,7 @@ def test_frozen_worker(tmp_path, monkeypatch):
     before = params(worker)
     cher.main(cher.parse_args(["--resume", str(tmp_path / "run" / "checkpoint.pt"), "--total-steps", "90"]))
     assert same(before, params(made[-1][1])) and not same(params(manager), params(made[-1][0]))
+    assert asked == [True] * 90
 
 
 NO_EVALUATION = {"eval/success": 0.0, "eval/success_any": 0.0, "eval/return": 0.0, "eval/progress": 0.0}

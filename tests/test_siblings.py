@@ -15,7 +15,7 @@ from conftest import ROOT, SCRIPTS
 SHARED = """
 SCRIPT FORMAT STOP_SIGNALS RESUME_MAY_CHANGE Count fail parse_args
 subgoal_transition intrinsic_reward
-EnsembleLinear init_output_ Actor Critic in_blocks adam_step TD3
+EnsembleLinear init_output_ Actor Critic in_blocks adam_step TD3 explore
 ReplayBuffer.__init__ ReplayBuffer.__len__ ReplayBuffer.add ReplayBuffer.sample ReplayBuffer.unpack
 ReplayBuffer.state_dict ReplayBuffer.load_state_dict
 Segment score_candidates

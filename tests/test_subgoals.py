@@ -122,11 +122,14 @@ def watch_actions(module, monkeypatch):
     return calls
 
 
-def test_what_the_loop_stores(loop_module, toy_run, monkeypatch):
+@pytest.mark.parametrize("looks_ahead", [True, False])
+def test_what_the_loop_stores(loop_module, toy_run, monkeypatch, looks_ahead):
     """Two episodes of 23 steps: periods of 10, 10 and 3. Steps of up to 5 m carry subgoals out of range."""
     calls = watch_actions(loop_module, monkeypatch)
     env = ToyEnv(23, speed=5.0)
-    stored = toy_run(loop_module, 46, env, learning_starts=1000, worker_noise=2.0)
+    stored = toy_run(
+        loop_module, 46, env, learning_starts=1000, worker_noise=2.0, worker_looks_ahead=looks_ahead
+    )
     assert len(stored.worker) == 46
     assert [int(row.length) for row in stored.manager] == [10, 10, 3, 10, 10, 3]
 
@@ -160,8 +163,8 @@ def test_what_the_loop_stores(loop_module, toy_run, monkeypatch):
             assert row.reward == pytest.approx(-np.sqrt((rest**2).sum() + 1e-10), rel=1e-5)
             assert row.terminated == 0
             last_of_period, last_of_episode = i == end - 1, env.log[i][2][2] == 23
-            if last_of_period and not last_of_episode and loop_module is hiro:
-                assert np.array_equal(row.next_subgoal, given[number + 1][1])  # the released code's way
+            if last_of_period and not last_of_episode and looks_ahead:
+                assert np.array_equal(row.next_subgoal, given[number + 1][1])  # what comes next
             else:
                 assert np.allclose(row.next_subgoal, rest, atol=1e-4)
             biggest = max(biggest, np.abs(row.next_subgoal).max())
@@ -169,6 +172,34 @@ def test_what_the_loop_stores(loop_module, toy_run, monkeypatch):
         assert np.allclose(segment.obs_seq[length:], env.log[end - 1][2])  # the true end, also as padding
         assert not segment.action_seq[length:].any()
     assert biggest > 10.5
+
+
+def test_worker_looks_ahead_in_hiro_only(loop_module):
+    """As in the released code of each."""
+    assert loop_module.Args().worker_looks_ahead is (loop_module is hiro)
+
+
+def test_uniform_warm_up(loop_module, toy_run, monkeypatch):
+    """Nobody is asked in the first 24 steps; then both levels are."""
+    calls = watch_actions(loop_module, monkeypatch)
+    flags = dict(learning_starts=24, uniform_warmup=True, worker_noise=0.0, worker_target_noise=0.0)
+    stored = toy_run(loop_module, 46, ToyEnv(23), **flags)
+    assert sum(float(agent.limit[0]) == 1 for agent, *_ in calls) == 46 - 24
+    subgoals = sum(float(agent.limit[0]) == 10 for agent, *_ in calls)
+    assert subgoals == 7 - 4  # issued at steps 0, 10, 20, 23 of the warm-up, then 33, 43, 46
+    actions = np.stack([row.action for row in stored.worker[:24]])
+    assert 0.4 < actions.std() < 0.75 and np.abs(actions).max() <= 1
+    assert 3 < np.stack([row.subgoal for row in stored.manager[:4]]).std() < 9
+
+
+def test_random_subgoals(loop_module, toy_run, monkeypatch):
+    """All of them, but for the first: the manager is asked once and the worker always."""
+    calls = watch_actions(loop_module, monkeypatch)
+    stored = toy_run(loop_module, 46, ToyEnv(23), learning_starts=1000, random_subgoals=1.0)
+    assert sum(float(agent.limit[0]) == 10 for agent, *_ in calls) == 1
+    assert sum(float(agent.limit[0]) == 1 for agent, *_ in calls) == 46
+    subgoals = np.stack([row.subgoal for row in stored.manager[1:]])
+    assert 3 < subgoals.std() < 9 and np.abs(subgoals).max() <= 10
 
 
 def test_end_of_an_episode_for_good(loop_module, toy_run):

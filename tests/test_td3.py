@@ -234,6 +234,18 @@ def test_act_takes_and_gives_numpy():
     assert abs(np.corrcoef(draws.T)[0, 1]) < 0.1
 
 
+def test_explore():
+    """The policy, or uniform within the limit with the given chance."""
+    torch.manual_seed(0)
+    agent = SimpleNamespace(limit=tensor(30, 0.5), act=lambda obs, goal, explore: np.array([99.0, explore]))
+    assert all(hiro.explore(agent, None, None, 0.0).tolist() == [99, True] for _ in range(100))
+    draws = np.stack([hiro.explore(agent, None, None, 1.0) for _ in range(3000)]) / (30, 0.5)
+    assert np.abs(draws).max() <= 1 and draws.std(0) == pytest.approx([3**-0.5, 3**-0.5], rel=0.05)
+    assert draws.mean(0) == pytest.approx([0, 0], abs=0.05) and draws.dtype in (np.float32, np.float64)
+    shares = [hiro.explore(agent, None, None, 0.2)[0] != 99 for _ in range(3000)]
+    assert np.mean(shares) == pytest.approx(0.2, abs=0.03)
+
+
 # ------------------------------------------------------------------------------------------- TD3's losses
 
 
@@ -341,6 +353,31 @@ def test_learning_rates_and_weight_decay():
         before = copies(agent)
         agent.critic_step(sum((p * 0.0).sum() for p in agent.critic_params))
         assert bool(changed(agent, before)) is moves
+
+
+@pytest.mark.parametrize("network", ["actor", "critic"])
+def test_steps_are_those_of_adam(network):
+    """Two steps against the formula: fused kernels have ignored the layout of transposed gradients."""
+    torch.manual_seed(0)
+    agent = make_td3(hidden=6)
+    obs, goal, action = random_batch(agent)
+    params = getattr(agent, f"{network}_params")
+    expected = [p.detach().double().clone() for p in params]
+    mean, square = ([torch.zeros_like(p) for p in expected] for _ in range(2))
+    rate = {"actor": 1e-4, "critic": 1e-3}[network]
+    for t in (1, 2):
+        if network == "critic":
+            loss = agent.critic_loss(torch.randn(16), obs, goal, action)[0]
+        else:
+            loss = -agent.critic.q1(obs, goal, agent.actor(obs, goal)).mean()
+        gradients = torch.autograd.grad(loss, params, retain_graph=True)
+        getattr(agent, f"{network}_step")(loss)
+        for i, gradient in enumerate(gradients):
+            mean[i] = 0.9 * mean[i] + 0.1 * gradient.double()
+            square[i] = 0.999 * square[i] + 0.001 * gradient.double() ** 2
+            step = (mean[i] / (1 - 0.9**t)) / ((square[i] / (1 - 0.999**t)).sqrt() + 1e-8)
+            expected[i] = expected[i] - rate * step
+            assert torch.allclose(params[i].detach().double(), expected[i], rtol=0, atol=0.02 * rate)
 
 
 class Recorder(SimpleNamespace):
@@ -455,7 +492,7 @@ def test_updates_keep_to_their_level(with_actor):
         for _ in range(20):
             fields = {name: rng.normal(size=shape) for name, shape in buffer.shapes.items()}
             buffer.add(**fields | {"length": 10, "terminated": 0})
-    rows = [buffer.rows.clone() for buffer in (worker_buffer, manager_buffer)]
+    rows = [buffer.rows[:20].clone() for buffer in (worker_buffer, manager_buffer)]
     moving = {"critic"} | ({"actor", "target_actor", "target_critic"} if with_actor else set())
 
     before, others = copies(worker), copies(manager)
@@ -469,7 +506,7 @@ def test_updates_keep_to_their_level(with_actor):
     before, others = copies(manager), copies(worker)
     hiro.update_manager(manager, worker, manager_buffer, args, with_actor)
     assert changed(manager, before) == moving and not changed(worker, others)
-    assert torch.equal(rows[0], worker_buffer.rows) and torch.equal(rows[1], manager_buffer.rows)
+    assert torch.equal(rows[0], worker_buffer.rows[:20]) and torch.equal(rows[1], manager_buffer.rows[:20])
 
 
 def test_update_counts(toy_run, monkeypatch):
@@ -548,10 +585,11 @@ def test_replay_buffer():
 def test_replay_samples_all_rows_alike():
     torch.manual_seed(0)
     buffer = hiro.ReplayBuffer(1000, CPU, x=())
+    buffer.rows.zero_()
     for i in range(10):
         buffer.add(x=i + 1)
     counts = torch.bincount(buffer.sample(50_000).x.long(), minlength=11)
-    assert counts[0] == 0  # empty rows hold 0
+    assert counts[0] == 0  # no row that was never filled
     assert (counts[1:] > 4700).all() and (counts[1:] < 5300).all()
 
 
@@ -570,8 +608,9 @@ def test_state_of_a_replay_buffer(entries):
     other.load_state_dict(buffer.state_dict())
     for b in (buffer, other):
         b.add(x=100, y=[1, 2])  # goes to the same row
-    assert torch.equal(buffer.rows, other.rows) and len(buffer) == len(other)
-    assert buffer.added == other.added and torch.equal(buffer.size, other.size)
+    filled = min(entries + 1, 5)
+    assert len(buffer) == len(other) == filled == buffer.size == other.size
+    assert torch.equal(buffer.rows[:filled], other.rows[:filled]) and buffer.added == other.added
 
 
 def test_replay_with_an_empty_field():
