@@ -264,13 +264,20 @@ def check_args(args: Args):
     if args.reward is not None and args.reward not in spec.rewards:
         fail(f"--reward {args.reward}: {args.env} has {', '.join(spec.rewards)}")
     positive = ("manager_period", "batch_size", "hidden", "worker_actor_every", "manager_actor_every")
-    for name in (*positive, "total_steps", "eval_every", "eval_episodes"):
+    for name in (*positive, "total_steps", "eval_every", "eval_episodes", "worker_buffer"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("seed", "threads", "save_every"):
+        if getattr(args, name) < 0:
+            fail(f"--{name.replace('_', '-')} must not be negative")
     if args.learning_starts < args.manager_period:
         fail("--learning-starts must be at least --manager-period: the manager learns from whole segments")
     if args.eval_goals and (not spec.goal_dim or len(args.eval_goals) % spec.goal_dim):
         fail(f"--eval-goals: a goal of {args.env} has {spec.goal_dim} numbers")
+    try:
+        torch.device("cpu" if args.device == "auto" else args.device)
+    except RuntimeError:
+        fail(f"--device {args.device}: use auto, cpu, cuda or cuda:0")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         fail("--device cuda: torch sees no CUDA device here; use --device cpu")
     if args.candidates < 3 and args.relabeling == "off_policy":

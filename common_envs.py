@@ -427,7 +427,7 @@ class AntEnv(gym.Env):
         if state["id"] != self.task.id:
             raise ValueError(f"a state of {state['id']} does not fit {self.task.id}")
         self.steps, self.reached = int(state["steps"]), bool(state["reached"])
-        self.goal = np.array(state["goal"], np.float64)
+        self.goal = np.asarray(state["goal"], np.float64).copy()
         self.np_random.bit_generator.state = state["np_random"]
         self._set_physics(state["physics"])
         return self._dict_observation()
@@ -596,7 +596,7 @@ class GatherEnv(AntEnv):
         return {**super().get_state(), "objects": self.objects.copy()}
 
     def set_state(self, state):
-        self.objects = np.array(state["objects"], np.float64)
+        self.objects = np.asarray(state["objects"], np.float64).copy()
         return super().set_state(state)
 
     def _task_markers(self):
