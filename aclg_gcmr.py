@@ -100,12 +100,8 @@ class Args:
     mask_xy: bool = True  # hide obs entries 0, 1 (position) from the worker
     manager_reward_scale: float = 0.1  # factor on the sum of environment rewards of a segment
     worker_reward_scale: float = 1.0  # factor on the worker's reward
-    random_subgoals: float = (
-        0.0  # share of subgoals drawn uniformly; not in the paper, diversity for the worker
-    )
-    worker_looks_ahead: bool = (
-        False  # HIRO's way: its value at a period's end is for the manager's next subgoal
-    )
+    random_subgoals: float = 0.0  # share of subgoals drawn uniformly; not in the paper
+    worker_looks_ahead: bool = False  # True as in HIRO: at a period's end it values the next subgoal
     time_limit_is_terminal: bool = False  # the released code's way; False bootstraps through time limits
     candidates: int = 12  # K, of which one is the stored subgoal and one the displacement
     candidate_noise: float = 0.5  # std of the drawn candidates around the displacement, times half-range
@@ -119,9 +115,7 @@ class Args:
     tau: float = 0.005  # step of the target networks
     batch_size: int = 128  # rows per update
     learning_starts: Count = 500  # first steps only collect
-    uniform_warmup: bool = (
-        False  # they do so uniformly at random at both levels, not by the untrained policies
-    )
+    uniform_warmup: bool = False  # uniformly at random at both levels, not by the untrained policies
     worker_actor_every: int = 5  # worker critic updates per update of its actor
     worker_critic_updates: int = 1  # per environment step, until the gradient penalty acts
     worker_critic_updates_with_penalty: int = 5  # the same once it does

@@ -97,17 +97,13 @@ class Args:
 
     # --- Hierarchy (HIRO section 3) ---
     manager_period: int = 10  # c, worker steps per subgoal
-    subgoal_space: Literal["full", "xyz", "xy"] = (
-        "full"  # which first entries of obs; "xy": as later papers do
-    )
+    subgoal_space: Literal["full", "xyz", "xy"] = "full"  # which first entries of obs; "xy": as later papers
     mask_xy: bool = False  # hide obs entries 0, 1 (position) from the worker, as HIRO does
     manager_reward_scale: float = 0.1  # factor on the sum of environment rewards of a segment
     relabeling: Literal["off_policy", "fun", "none"] = "none"  # HIRO's correction and its ablation
     candidates: int = 10  # K, of which one is the stored subgoal and one the displacement
     candidate_noise: float = 0.5  # std of the drawn candidates around the displacement, times half-range
-    random_subgoals: float = (
-        0.0  # share of subgoals drawn uniformly; not in the paper, diversity for the worker
-    )
+    random_subgoals: float = 0.0  # share of subgoals drawn uniformly; not in the paper
     fun_noise: float = 0.1  # the same for --relabeling fun, which draws one and takes it unseen
 
     # --- Cooperation (CHER section 4) ---
@@ -134,9 +130,7 @@ class Args:
     tau: float = 0.005  # step of the target networks
     batch_size: int = 128  # segments per update, and as many of their steps
     learning_starts: Count = 10_000  # first steps only collect
-    uniform_warmup: bool = (
-        True  # they do so uniformly at random at both levels, not by the untrained policies
-    )
+    uniform_warmup: bool = True  # uniformly at random at both levels, not by the untrained policies
     worker_actor_every: int = 2  # critic updates per update of the worker's actor and targets
     manager_actor_every: int = 2  # the same for the manager
 

@@ -93,20 +93,14 @@ class Args:
 
     # --- Hierarchy (HIRO section 3) ---
     manager_period: int = 10  # c, worker steps per subgoal
-    subgoal_space: Literal["full", "xyz", "xy"] = (
-        "full"  # which first entries of obs; "xy": as later papers do
-    )
+    subgoal_space: Literal["full", "xyz", "xy"] = "full"  # which first entries of obs; "xy": as later papers
     mask_xy: bool = True  # hide obs entries 0, 1 (position) from the worker, as the released code does
     manager_reward_scale: float = 0.1  # factor on the sum of environment rewards of a segment
     relabeling: Literal["off_policy", "fun", "none"] = "off_policy"  # the correction and its two ablations
     candidates: int = 10  # K, of which one is the stored subgoal and one the displacement
     candidate_noise: float = 0.5  # std of the drawn candidates around the displacement, times half-range
-    random_subgoals: float = (
-        0.0  # share of subgoals drawn uniformly; not in the paper, diversity for the worker
-    )
-    worker_looks_ahead: bool = (
-        True  # its value at a period's end is for the manager's next subgoal, as released
-    )
+    random_subgoals: float = 0.0  # share of subgoals drawn uniformly; not in the paper
+    worker_looks_ahead: bool = True  # at a period's end it values the manager's next subgoal, as released
     fun_noise: float = 0.1  # the same for --relabeling fun, which draws one and takes it unseen
 
     # --- TD3, both levels ---
@@ -118,9 +112,7 @@ class Args:
     tau: float = 0.005  # step of the target networks
     batch_size: int = 100  # rows per update
     learning_starts: Count = 2_500  # first steps only collect
-    uniform_warmup: bool = (
-        False  # they do so uniformly at random at both levels, not by the untrained policies
-    )
+    uniform_warmup: bool = False  # uniformly at random at both levels, not by the untrained policies
     worker_actor_every: int = 2  # critic updates per update of the worker's actor and targets
     manager_actor_every: int = 2  # the same for the manager
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -131,6 +132,15 @@ def parse(module, capsys, *argv):
         printed = capsys.readouterr()
         text = stop.code if isinstance(stop.code, str) else printed.out + printed.err
         return (1 if isinstance(stop.code, str) else stop.code), text
+
+
+def test_every_setting_has_its_help(script):
+    """tyro takes it from the comment behind the default, and misses it when the formatter wraps the line."""
+    text = (ROOT / f"{script}.py").read_text()
+    fields = re.search(r"^class Args:\n(.*?)^\S", text, re.M | re.S).group(1).splitlines()
+    fields = [line for line in fields if re.match(r"    \w+: ", line)]
+    assert len(fields) > 40
+    assert [line for line in fields if "  # " not in line] == []
 
 
 def test_help_shows_the_values_of_the_environment(script, module, run):

@@ -355,9 +355,10 @@ def test_learning_rates_and_weight_decay():
         assert bool(changed(agent, before)) is moves
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("network", ["actor", "critic"])
-def test_steps_are_those_of_adam(network):
-    """Two steps against the formula: fused kernels have ignored the layout of transposed gradients."""
+def test_steps_are_those_of_adam(network, transposed):
+    """Two steps against the formula. The fused kernel ignores the strides of a transposed gradient."""
     torch.manual_seed(0)
     agent = make_td3(hidden=6)
     obs, goal, action = random_batch(agent)
@@ -370,7 +371,10 @@ def test_steps_are_those_of_adam(network):
             loss = agent.critic_loss(torch.randn(16), obs, goal, action)[0]
         else:
             loss = -agent.critic.q1(obs, goal, agent.actor(obs, goal)).mean()
+        if transposed:
+            loss = sum((p.transpose(0, -1) * torch.randn_like(p.transpose(0, -1))).sum() for p in params)
         gradients = torch.autograd.grad(loss, params, retain_graph=True)
+        assert all(gradient.is_contiguous() for gradient in gradients) is not transposed
         getattr(agent, f"{network}_step")(loss)
         for i, gradient in enumerate(gradients):
             mean[i] = 0.9 * mean[i] + 0.1 * gradient.double()
