@@ -144,9 +144,7 @@ def gcmr_parts(script, settings, manager, worker, worker_buffer, manager_buffer,
 def main(args: Args):
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    print(
-        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, mujoco {mujoco.__version__}, "
-    )
+    print(f"{platform.machine()}, torch {torch.__version__}, mujoco {mujoco.__version__}, ")
     print(f"{args.threads} threads, {args.env}, {args.rows} rows, {time.strftime('%Y-%m-%d')}")
     env = make_env(args.env)
     env.reset(seed=0)
@@ -156,7 +154,7 @@ def main(args: Args):
     medium = reference_product(args.repeats)
     torch.set_float32_matmul_precision("highest")
     print(
-        f"bare mj_step(nstep=5): {step:.3f} ms; reference product: {highest:.0f} GFLOP/s, {medium:.0f} by oneDNN\n"
+        f"bare mj_step(nstep=5): {step:.3f} ms; reference product: {highest:.0f}, oneDNN {medium:.0f} GFLOP/s"
     )
     columns = {name: parts_of(name, args) for name in ("hiro", "aclg_gcmr")}
     rows = list(dict.fromkeys(part for parts in columns.values() for part in parts))

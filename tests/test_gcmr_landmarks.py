@@ -611,3 +611,22 @@ def test_plan_with_networks_and_without_gradient():
         planned = gcmr.plan_landmarks(worker, novelty, buffer, obs, goal, args)
         torch.testing.assert_close((planned - obs[:, :2]).norm(dim=1), torch.full((7,), 2.0))
     assert all(p.grad is None for p in worker.actor_params + worker.critic_params)
+
+
+def test_plan_in_bfloat16_chooses_alike():
+    """A worker whose values are distances: the choice of nearly all queries survives the lower precision."""
+    worker, novelty = make_worker(), gcmr.Novelty(6, 2)
+    buffer = gcmr.ReplayBuffer(200, "cpu", obs=(6,))
+    for row in np.random.default_rng(1).normal(size=(200, 6)):
+        buffer.add(obs=5 * row)
+    obs, goal = 5 * torch.randn(40, 6), 5 * torch.randn(40, 2)
+    plans, seen, forward = [], [], worker.critic.forward
+    worker.critic.forward = lambda *inputs: seen.append(torch.is_autocast_enabled("cpu")) or forward(*inputs)
+    for low in (False, True):
+        seen.clear()
+        torch.manual_seed(0)
+        args = make_args(coverage_pool=100, coverage_landmarks=20, planner_bfloat16=low, direct_value=5.0)
+        plans.append(gcmr.plan_landmarks(worker, novelty, buffer, obs, goal, args))
+        assert any(seen) == low  # or the flag did nothing
+    same = (plans[0] - plans[1]).norm(dim=1) < 0.1
+    assert plans[1].dtype == torch.float32 and same.float().mean() > 0.7
