@@ -60,13 +60,22 @@ RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track")
 
 # ------------------------------------------------------------------------------------------------ arguments
 
+
+def whole_number(text: str) -> int:
+    """7e5 and 700_000 are whole numbers, 1.5 and inf are not."""
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError(f"{text} is not a whole number")
+    return int(number)
+
+
 # An integer that may be written as 7e5.
 Count = Annotated[
     int,
     tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="INT",
-        instance_from_str=lambda words: int(float(words[0])),
+        instance_from_str=lambda words: whole_number(words[0]),
         is_instance=lambda value: isinstance(value, int),
         str_from_instance=lambda value: [str(value)],
     ),
@@ -331,6 +340,8 @@ def check_args(args: Args):
     for name in ("seed", "threads", "save_every"):
         if getattr(args, name) < 0:
             fail(f"--{name.replace('_', '-')} must not be negative")
+    if args.seed >= 2**32:
+        fail("--seed must be below 2**32")
     if args.learning_starts < args.manager_period:
         fail("--learning-starts must be at least --manager-period: the manager learns from whole segments")
     if args.eval_goals and (not spec.goal_dim or len(args.eval_goals) % spec.goal_dim):
@@ -1362,11 +1373,15 @@ def append_row(path: Path, row: dict):
         with open(path, newline="") as file:
             rows = [old for old in csv.DictReader(file) if int(old["step"]) < row["step"]]
     rows.append(row)
-    with open(path.with_suffix(".tmp"), "w", newline="") as file:
-        table = csv.DictWriter(file, list(dict.fromkeys(name for r in rows for name in r)), restval="")
-        table.writeheader()
-        table.writerows(rows)
-    os.replace(path.with_suffix(".tmp"), path)
+    try:
+        with open(path.with_suffix(".tmp"), "w", newline="") as file:
+            table = csv.DictWriter(file, list(dict.fromkeys(name for r in rows for name in r)), restval="")
+            table.writeheader()
+            table.writerows(rows)
+        os.replace(path.with_suffix(".tmp"), path)
+    except OSError as error:
+        path.with_suffix(".tmp").unlink(missing_ok=True)
+        fail(f"cannot write {path}: {error}; the rows before this one are untouched")
 
 
 def to_tensors(tree):
@@ -1426,6 +1441,8 @@ def load_checkpoint(path: str) -> dict:
     if not isinstance(state, dict) or state.get("script") != SCRIPT:
         wrong = state.get("script", "something else") if isinstance(state, dict) else "something else"
         fail(f"{path} was written by {wrong}, not by {SCRIPT}.py")
+    if not {"format", "args"} <= state.keys():
+        fail(f"{path} is damaged: it has no format or no settings")
     if state["format"] > FORMAT:
         fail(f"{path} has format {state['format']}, this version reads up to {FORMAT}: update {SCRIPT}.py")
     unknown = set(state["args"]) - {field.name for field in dataclasses.fields(Args)}

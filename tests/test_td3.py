@@ -372,7 +372,7 @@ def test_steps_are_those_of_adam(network, transposed):
         else:
             loss = -agent.critic.q1(obs, goal, agent.actor(obs, goal)).mean()
         if transposed:
-            loss = sum((p.transpose(0, -1) * torch.randn_like(p.transpose(0, -1))).sum() for p in params)
+            loss = sum((p.transpose(0, -1) * torch.randn(p.transpose(0, -1).shape)).sum() for p in params)
         gradients = torch.autograd.grad(loss, params, retain_graph=True)
         assert all(gradient.is_contiguous() for gradient in gradients) is not transposed
         getattr(agent, f"{network}_step")(loss)
