@@ -7,7 +7,7 @@ This is hiro.py with subgoals in x and y and, in the order in which they were pr
 
     HRAC   adjacency_loss: the manager keeps its subgoals within a few steps' reach  (arXiv 2006.11485)
     HIGL   landmarks, spread out and novel, and a planner over them                  (arXiv 2110.13625)
-    ACLG   landmark_loss: the subgoal is drawn towards the next landmark of the plan (GCMR, section IV)
+    ACLG   landmark_loss: the subgoal is drawn towards the next landmark of the plan (GCMR)
     GCMR   relabel_subgoals scores candidates on states mixed from the replay and from a learned model;
            gradient_penalty bounds the worker's critics by what the model says the reward can change;
            rollout_planning_loss lets the worker look one step ahead with the manager's critics
@@ -103,7 +103,7 @@ class Args:
     variant: str = "default"  # a name for this setting, used in the folder's name
     track: bool = False  # log to Weights & Biases too (pip install wandb)
 
-    # --- Hierarchy (HIRO section 3) ---
+    # --- Hierarchy (HIRO) ---
     manager_period: int = 10  # c, worker steps per subgoal
     subgoal_space: Literal["xy", "xyz", "xy_block"] = "xy"  # which first entries of obs
     mask_xy: bool = True  # hide obs entries 0, 1 (position) from the worker
@@ -145,7 +145,7 @@ class Args:
     manager_target_noise_clip: float = 0.5  # its bound
     manager_buffer: Count = 200_000  # segments kept
 
-    # --- Adjacency (HRAC section 4) ---
+    # --- Adjacency (HRAC) ---
     adjacency_weight: float = 20.0  # weight of adjacency_loss in the manager's actor loss
     adjacency_factor: float = 0.5  # pairs up to int(factor x period) - 1 steps apart are adjacent
     adjacency_near: float = 1.0  # embedding distance below which adjacent cells are pulled
@@ -155,7 +155,7 @@ class Args:
     adjacency_batch_size: int = 64  # pairs per update
     adjacency_lr: float = 2e-4  # Adam
 
-    # --- Landmarks (HIGL section 4; ACLG: GCMR section IV) ---
+    # --- Landmarks (HIGL; ACLG: GCMR) ---
     landmark_weight: float = 1.0  # weight of landmark_loss in the manager's actor loss
     landmark_weight_before_planner: float = 1.0  # factor until then, as released: pulls subgoals to 0
     landmark_space: Literal["goal", "adjacency"] = "goal"  # in metres (ACLG) or embedded (HIGL)
@@ -172,7 +172,7 @@ class Args:
     planner_bfloat16: bool = False  # score edges in bfloat16: 1.6 times as fast, 98 % equal choices
     path_heat: float = 0.9  # inverse temperature of "soft"
 
-    # --- Dynamics model (GCMR section IV-A) ---
+    # --- Dynamics model (GCMR) ---
     dynamics_members: int = 5  # E
     dynamics_hidden: int = 256  # units in each of the two hidden layers
     dynamics_lr: float = 5e-3  # Adam
@@ -183,19 +183,19 @@ class Args:
     dynamics_updates: int = 200  # gradient steps of later ones (released: up to 52 passes over 60,000 rows)
     dynamics_rows: Count = 50_000  # a training uses this many random rows and the newest fifth as many
 
-    # --- Relabeling (GCMR section IV-B) ---
+    # --- Relabeling (GCMR) ---
     model_relabeling: bool = True  # score candidates on model rollouts; off: on the recorded states (HIRO)
     rollout_weight: float = 0.95  # w, the i-th state is w^i recorded and 1 - w^i model
     relabel_shift: float = 20.0  # delta_sg, scales with sqrt(batch_size / 128); 0: hard relabeling
     relabel_norm: Literal["batch", "sample"] = "batch"  # unit of the shift: norm over the batch or row
 
-    # --- Gradient penalty (GCMR section IV-C) ---
+    # --- Gradient penalty (GCMR) ---
     gradient_penalty_weight: float = 1.0  # lambda_gp
     gradient_penalty_every: int = 5  # worker critic updates
     gradient_penalty_form: Literal["paper", "released"] = "paper"  # whose actions, and is the bound divided
     gradient_penalty_copies: int = 16  # random actions per row of "released"
 
-    # --- One-step rollout planning (GCMR section IV-D) ---
+    # --- One-step rollout planning (GCMR) ---
     rollout_planning_weight: float = 5e-4  # lambda_osrp
     rollout_planning_every: int = 10  # worker actor updates
     rollout_planning_goals: int = 2  # goals per observation (released: 10); fewer only raise the variance
@@ -372,12 +372,12 @@ def check_args(args: Args):
 
 
 def subgoal_transition(achieved, subgoal, next_achieved):
-    """h(s, g, s') = s + g - s' (HIRO eq. 3): what is left to the same target, not clipped. [..., D]"""
+    """h(s, g, s') = s + g - s' (HIRO): what is left to the same target, not clipped. [..., D]"""
     return achieved + subgoal - next_achieved
 
 
 def intrinsic_reward(achieved, subgoal, next_achieved):
-    """r(s, g, s') = -|s + g - s'| (HIRO eq. 4), of the subgoal before the step. numpy, [..., D] -> [...]"""
+    """r(s, g, s') = -|s + g - s'| (HIRO), of the subgoal before the step. numpy, [..., D] -> [...]"""
     return -np.sqrt(np.square(subgoal_transition(achieved, subgoal, next_achieved)).sum(-1) + 1e-10)
 
 
@@ -560,9 +560,7 @@ class ReplayBuffer:
         self.shapes, self.sizes = shapes, [int(np.prod(shape)) for shape in shapes.values()]
         self.rows = torch.empty(capacity, sum(self.sizes), device=device)  # memory is taken as it fills
         self.added = 0  # entries ever added
-        self.size = torch.zeros(
-            (), device=device
-        )  # filled rows, on the device: sampling does not ask the host
+        self.size = torch.zeros((), device=device)  # filled rows, where sampling needs it
 
     def __len__(self) -> int:
         return min(self.added, len(self.rows))
@@ -637,7 +635,7 @@ class Segment:
 
 
 class DynamicsEnsemble(nn.Module):
-    """E networks that predict the change of obs in one step as a Gaussian (GCMR section IV-A; PETS).
+    """E networks that predict the change of obs in one step as a Gaussian (GCMR, after PETS).
 
     Inputs and targets are standardised by the statistics of the data of the last training.
     """
@@ -765,7 +763,7 @@ def train_dynamics(
 
 
 class Adjacency(nn.Module):
-    """Which cells of 1 m are a few steps apart, and an embedding in which those are near (HRAC section 4).
+    """Which cells of 1 m are a few steps apart, and an embedding in which those are near (HRAC).
 
     Positions come per trajectory; cells that occur within `lags` steps of each other become adjacent.
     """
@@ -805,7 +803,7 @@ class Adjacency(nn.Module):
 
 
 def contrastive_loss(distance, adjacent, args: Args):
-    """Pull adjacent cells within near, push others beyond far (HRAC eq. 8). distance, adjacent [B] -> []"""
+    """Pull adjacent cells within near, push others beyond far (HRAC). distance, adjacent [B] -> []"""
     pull = adjacent * F.relu(distance - args.adjacency_near)
     push = (1 - adjacent) * F.relu(args.adjacency_far - distance)
     return pull.mean() + push.mean()
@@ -843,7 +841,7 @@ EXACT = "donot_use_mm_for_euclid_dist"  # the product form of cdist errs by a mi
 
 
 class Novelty(nn.Module):
-    """Random network distillation, and the most novel states as landmarks (HIGL section 4.1)."""
+    """Random network distillation, and the most novel states as landmarks (HIGL)."""
 
     def __init__(self, obs_dim: int, dims: int):
         super().__init__()
@@ -919,15 +917,14 @@ def make_candidates(subgoal, displacement, half_range, args: Args):
 
 
 def score_candidates(worker: TD3, candidates, batch):
-    """Log-likelihood of the recorded actions under each candidate (HIRO eq. 5). [B, K, D] -> [B, K]
+    """Log-likelihood of the recorded actions under each candidate (HIRO). [B, K, D] -> [B, K]
 
     -1/2 sum_i |a_i - mu(s_i, g_i)|^2 in units of the action's limit; g_i follows the subgoal transition.
     """
     dims, period = candidates.shape[-1], batch.action_seq.shape[1]
     achieved_seq = batch.obs_seq[:, None, :-1, :dims]  # [B, 1, c, D]
-    subgoals = subgoal_transition(
-        achieved_seq[:, :, :1], candidates[:, :, None], achieved_seq
-    )  # [B, K, c, D]
+    # [B, K, c, D]
+    subgoals = subgoal_transition(achieved_seq[:, :, :1], candidates[:, :, None], achieved_seq)
     obs = batch.obs_seq[:, None, :-1].expand(*subgoals.shape[:-1], -1)  # [B, K, c, obs_dim]
     actions = in_blocks(worker.actor, obs.flatten(0, 2), subgoals.flatten(0, 2)).view(*obs.shape[:3], -1)
     error = (batch.action_seq[:, None] - actions) / worker.limit  # [B, K, c, A]
@@ -940,7 +937,7 @@ def score_rollouts(worker: TD3, dynamics: DynamicsEnsemble, candidates, batch, h
     """score_candidates on states that drift from the recorded ones to those of the model. [B, K, D] -> [B, K]
 
     What the present worker would do under another subgoal leads elsewhere: from the second step on it acts in
-    w^i x recorded + (1 - w^i) x predicted states (GCMR section IV-B).
+    w^i x recorded + (1 - w^i) x predicted states (GCMR).
     """
     batch_size, count, dims = candidates.shape
     obs = batch.obs_seq[:, 0].repeat_interleave(count, 0)  # [B * K, obs_dim]
@@ -962,7 +959,7 @@ def score_rollouts(worker: TD3, dynamics: DynamicsEnsemble, candidates, batch, h
 
 
 def shift_towards(subgoal, best, half_range, args: Args):
-    """Soft relabeling (GCMR section IV-B): the subgoal moves towards the best candidate. [B, D] -> [B, D]
+    """Soft relabeling (GCMR): the subgoal moves towards the best candidate. [B, D] -> [B, D]
 
     The unit of relabel_shift is the norm of the whole batch of differences, which grows with the square root
     of batch_size: with the norm of each row, as printed in the paper, 20 would overshoot almost always.
@@ -1068,7 +1065,7 @@ def choose_landmarks(values, direct, landmarks, goal, direct_value: float):
 
 
 def shift_landmark(achieved, landmark, shift: float):
-    """Pseudo-landmark: `shift` metres from achieved towards the landmark (HIGL eq. 8). [B, D]"""
+    """Pseudo-landmark: `shift` metres from achieved towards the landmark (HIGL). [B, D]"""
     difference = landmark - achieved
     return achieved + shift * difference / difference.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
@@ -1098,14 +1095,14 @@ def plan_landmarks(worker: TD3, novelty: Novelty, buffer: ReplayBuffer, obs, goa
 
 
 def adjacency_loss(adjacency: Adjacency, achieved, subgoal, args: Args):
-    """Hinge on the embedding distance from here to the subgoal (HRAC eq. 11). Gradient to the subgoal."""
+    """Hinge on the embedding distance from here to the subgoal (HRAC). Gradient to the subgoal."""
     margin = 0.5 * (args.adjacency_near + args.adjacency_far)
     distance = embedding_distance(adjacency.embed(achieved), adjacency.embed(achieved + subgoal))
     return F.relu(distance - margin).mean()
 
 
 def landmark_loss(adjacency: Adjacency, achieved, subgoal, target_landmark, args: Args):
-    """Distance of the subgoal's target from the pseudo-landmark, plain (ACLG) or embedded (HIGL eq. 9)."""
+    """Distance of the subgoal's target from the pseudo-landmark, plain (ACLG) or embedded (HIGL)."""
     target = achieved + subgoal
     if args.landmark_space == "goal":
         return (target_landmark - target).square().mean()
@@ -1115,7 +1112,7 @@ def landmark_loss(adjacency: Adjacency, achieved, subgoal, target_landmark, args
 
 
 def gradient_penalty(worker: TD3, dynamics: DynamicsEnsemble, obs, subgoal, args: Args) -> tuple:
-    """Hinge on the critics' gradient by the action (GCMR section IV-C). Returns it and numbers for the log.
+    """Hinge on the critics' gradient by the action (GCMR). Returns it and numbers for the log.
 
     No Q function can change faster with the action than k = sqrt(A) L_r / (1 - gamma), where L_r is how fast
     the reward changes with it, according to the model. obs [B, obs_dim], subgoal [B, D].
@@ -1148,7 +1145,7 @@ def penalty_at(worker: TD3, dynamics: DynamicsEnsemble, obs, subgoal, action, ar
 
 
 def rollout_planning_loss(manager: TD3, worker: TD3, dynamics: DynamicsEnsemble, obs, goal, args: Args):
-    """-Q of the manager after one modelled step of the worker (GCMR section IV-D). Gradient to the worker.
+    """-Q of the manager after one modelled step of the worker (GCMR). Gradient to the worker.
 
     Each of the B observations meets several goals of the batch and several subgoals for each.
     """

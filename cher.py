@@ -104,7 +104,7 @@ class Args:
     variant: str = "default"  # a name for this setting, used in the folder's name
     track: bool = False  # log to Weights & Biases too (pip install wandb)
 
-    # --- Hierarchy (HIRO section 3) ---
+    # --- Hierarchy (HIRO) ---
     manager_period: int = 10  # c, worker steps per subgoal
     subgoal_space: Literal["full", "xyz", "xy"] = "full"  # which first entries of obs; "xy": as later papers
     mask_xy: bool = False  # hide obs entries 0, 1 (position) from the worker, as HIRO does
@@ -304,12 +304,12 @@ def check_args(args: Args):
 
 
 def subgoal_transition(achieved, subgoal, next_achieved):
-    """h(s, g, s') = s + g - s' (HIRO eq. 3): what is left to the same target, not clipped. [..., D]"""
+    """h(s, g, s') = s + g - s' (HIRO): what is left to the same target, not clipped. [..., D]"""
     return achieved + subgoal - next_achieved
 
 
 def intrinsic_reward(achieved, subgoal, next_achieved):
-    """r(s, g, s') = -|s + g - s'| (HIRO eq. 4), of the subgoal before the step. numpy, [..., D] -> [...]"""
+    """r(s, g, s') = -|s + g - s'| (HIRO), of the subgoal before the step. numpy, [..., D] -> [...]"""
     return -np.sqrt(np.square(subgoal_transition(achieved, subgoal, next_achieved)).sum(-1) + 1e-10)
 
 
@@ -508,9 +508,7 @@ class ReplayBuffer:
         self.shapes, self.sizes = shapes, [int(np.prod(shape)) for shape in shapes.values()]
         self.rows = torch.empty(capacity, sum(self.sizes), device=device)  # memory is taken as it fills
         self.added = 0  # entries ever added
-        self.size = torch.zeros(
-            (), device=device
-        )  # filled rows, on the device: sampling does not ask the host
+        self.size = torch.zeros((), device=device)  # filled rows, where sampling needs it
 
     def __len__(self) -> int:
         return min(self.added, len(self.rows))
@@ -611,7 +609,7 @@ def worker_rows(batch) -> SimpleNamespace:
 def make_candidates(subgoal, displacement, half_range, args: Args):
     """K subgoals that may explain a segment: draws around its displacement, that itself, the stored subgoal.
 
-    subgoal, displacement [B, D] -> [B, K, D], all clipped to the half-range (HIRO section 3.3).
+    subgoal, displacement [B, D] -> [B, K, D], all clipped to the half-range (HIRO).
     """
     batch, dims = subgoal.shape
     noise = torch.randn(batch, args.candidates - 2, dims, device=subgoal.device)
@@ -621,15 +619,14 @@ def make_candidates(subgoal, displacement, half_range, args: Args):
 
 
 def score_candidates(worker: TD3, candidates, batch):
-    """Log-likelihood of the recorded actions under each candidate (HIRO eq. 5). [B, K, D] -> [B, K]
+    """Log-likelihood of the recorded actions under each candidate (HIRO). [B, K, D] -> [B, K]
 
     -1/2 sum_i |a_i - mu(s_i, g_i)|^2 in units of the action's limit; g_i follows the subgoal transition.
     """
     dims, period = candidates.shape[-1], batch.action_seq.shape[1]
     achieved_seq = batch.obs_seq[:, None, :-1, :dims]  # [B, 1, c, D]
-    subgoals = subgoal_transition(
-        achieved_seq[:, :, :1], candidates[:, :, None], achieved_seq
-    )  # [B, K, c, D]
+    # [B, K, c, D]
+    subgoals = subgoal_transition(achieved_seq[:, :, :1], candidates[:, :, None], achieved_seq)
     obs = batch.obs_seq[:, None, :-1].expand(*subgoals.shape[:-1], -1)  # [B, K, c, obs_dim]
     actions = in_blocks(worker.actor, obs.flatten(0, 2), subgoals.flatten(0, 2)).view(*obs.shape[:3], -1)
     error = (batch.action_seq[:, None] - actions) / worker.limit  # [B, K, c, A]
