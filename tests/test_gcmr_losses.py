@@ -101,14 +101,16 @@ def test_landmark_loss_in_the_embedding():
 # -------------------------------------------------------------------------------------- gradient penalty: G14
 
 
-def g14_worker():
-    def critic(obs, subgoal, action):
-        a, b = action[0], action[1]
-        first = -(a[:, 0] ** 2 + a[:, 1] ** 2 / 2) + a[:, 0]
-        second = -(b**2).sum(-1) / 2 + 2 * b[:, 1]
-        return torch.stack([first, second])
+def g14_slope(critic, obs, subgoal, action):
+    """Of Q1 = -(x^2 + y^2 / 2) + x and Q2 = -(x^2 + y^2) / 2 + 2 y, by hand."""
+    x, y = action[:, 0], action[:, 1]
+    return torch.stack([torch.stack([1 - 2 * x, -y], -1), torch.stack([-x, 2 - y], -1)])
 
-    return SimpleNamespace(critic=critic, gamma=0.95, limit=torch.ones(2, **F64))
+
+@pytest.fixture
+def g14_worker(monkeypatch):
+    monkeypatch.setattr(gcmr, "action_slope", g14_slope)
+    return SimpleNamespace(critic=None, gamma=0.95, limit=torch.ones(2, **F64))
 
 
 def g14_dynamics(scale=1.0):
@@ -128,18 +130,18 @@ G14_SUBGOAL = torch.tensor([[1.0, 0.0], [0.0, -0.5]], **F64)
         ("paper", 0.0, 0.0, 11.375),
     ],
 )
-def test_penalty_g14(form, model, bound, penalty):
+def test_penalty_g14(g14_worker, form, model, bound, penalty):
     result = gcmr.penalty_at(
-        g14_worker(), g14_dynamics(model), torch.zeros(2, 4, **F64), G14_SUBGOAL, G14_ACTION.clone(),
+        g14_worker, g14_dynamics(model), torch.zeros(2, 4, **F64), G14_SUBGOAL, G14_ACTION.clone(),
         make_args(gradient_penalty_form=form),
     )  # fmt: skip
     norm = (1 + 3.0413813 + 3.0413813 + 1.8027756) / 4
     assert numbers(result) == pytest.approx([penalty, bound, norm, 0.0199971 * model], abs=1e-6)
 
 
-def test_a_large_bound_leaves_no_penalty():
+def test_a_large_bound_leaves_no_penalty(g14_worker):
     result = gcmr.penalty_at(
-        g14_worker(),
+        g14_worker,
         g14_dynamics(100.0),
         torch.zeros(2, 4, **F64),
         G14_SUBGOAL,
@@ -233,6 +235,20 @@ def test_second_order_gradient_reaches_the_critics():
     assert checked == 6  # weights of three layers of both critics
 
 
+def test_slope_by_hand_is_the_slope_of_autograd():
+    """Same slopes, and same gradients of a function of them, as by differentiating twice."""
+    critic = double_worker().critic
+    obs, subgoal, action = penalty_inputs()
+    by_hand = gcmr.action_slope(critic, obs, subgoal, action)
+    twin = action.expand(2, *action.shape).clone().requires_grad_()
+    q = critic(obs.expand(2, *obs.shape), subgoal.expand(2, *subgoal.shape), twin)
+    twice = torch.autograd.grad(q.sum(), twin, create_graph=True)[0]
+    torch.testing.assert_close(by_hand, twice)
+    weights = [layer.weight for layer in critic.layers]
+    once, twice = (torch.autograd.grad(slope.pow(3).sum(), weights) for slope in (by_hand, twice))
+    torch.testing.assert_close(once, twice)
+
+
 def test_penalty_leaves_actor_and_model_alone():
     worker, dynamics = make_worker(), make_dynamics()
     before = values(worker, dynamics)
@@ -257,12 +273,12 @@ def test_actions_of_the_paper_s_form():
     assert bound == pytest.approx(0.1 * 3**0.5 / 0.05, rel=1e-4)
 
 
-def test_actions_of_the_released_form():
+def test_actions_of_the_released_form(monkeypatch):
     worker, seen = make_worker(), []
     dynamics = SimpleNamespace(sample_delta=lambda o, a: seen.append((o, a)) or a * 0.1)
     obs, subgoal = torch.randn(128, 6), torch.randn(128, 2)
-    critic, pairs = worker.critic, []
-    worker.critic = lambda o, g, a: pairs.append((o[0], g[0])) or critic(o, g, a)
+    slope, pairs = gcmr.action_slope, []
+    monkeypatch.setattr(gcmr, "action_slope", lambda c, o, g, a: pairs.append((o, g)) or slope(c, o, g, a))
     torch.manual_seed(0)
     args = make_args(gradient_penalty_form="released")
     _, bound, _, _ = numbers(gcmr.gradient_penalty(worker, dynamics, obs, subgoal, args))
