@@ -24,6 +24,7 @@ every `manager_period` steps. The worker sees only the subgoal and is paid for c
 import contextlib
 import csv
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
@@ -43,6 +44,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -53,7 +56,7 @@ SCRIPT = Path(__file__).stem
 FORMAT = 1  # of checkpoints; raised when an older one could not be read any more
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
-RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track")
+RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video")
 
 # ------------------------------------------------------------------------------------------------ arguments
 
@@ -99,6 +102,7 @@ class Args:
     run_dir: str | None = None  # this run's folder; None: runs/<env>__<script>__<variant>__<seed>__<time>
     variant: str = "default"  # a name for this setting, used in the folder's name
     track: bool = False  # log to Weights & Biases too (pip install wandb)
+    capture_video: bool = False  # film an episode per evaluation goal (pip install "imageio[ffmpeg]")
 
     # --- Hierarchy (HIRO) ---
     manager_period: int = 10  # c, worker steps per subgoal
@@ -252,6 +256,8 @@ def check_args(args: Args):
         torch.device("cpu" if args.device == "auto" else args.device)
     except RuntimeError:
         fail(f"--device {args.device}: use auto, cpu, cuda or cuda:0")
+    if args.capture_video and importlib.util.find_spec("imageio_ffmpeg") is None:
+        fail('--capture-video needs a video encoder: pip install "imageio[ffmpeg]"')
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         fail("--device cuda: torch sees no CUDA device here; use --device cpu")
     if args.candidates < 3 and args.relabeling == "off_policy":
@@ -630,7 +636,7 @@ def split_observation(observation: dict):
     return observation["observation"].astype(np.float32), observation["desired_goal"].astype(np.float32)
 
 
-def evaluate(env, manager: TD3, worker: TD3, args: Args, seed: int) -> dict:
+def evaluate(env, manager: TD3, worker: TD3, args: Args, seed: int, recorder=None) -> dict:
     """Noise-free episodes at each evaluation goal, up to the time limit. Uses no random numbers of torch.
 
     success: inside the goal's radius at the last step; success_any: at any step. Papers use one or the other.
@@ -642,10 +648,14 @@ def evaluate(env, manager: TD3, worker: TD3, args: Args, seed: int) -> dict:
         observation, _ = env.reset(seed=seed + 1000 * goal_index + episode, options=options)
         obs, goal = split_observation(observation)
         success_any, episode_return, steps, episode_over = False, 0.0, 0, False
+        if recorder:
+            recorder.start(goal, goal_index, film=args.capture_video and episode == 0)
         while not episode_over:
             if steps % args.manager_period == 0:
                 start, subgoal = obs, manager.act(obs, goal, explore=False)
                 first_subgoal = subgoal
+            if recorder:
+                recorder.add(obs, subgoal)
             action = worker.act(obs, subgoal, explore=False)
             observation, reward, terminated, truncated, info = env.step(action)
             next_obs, _ = split_observation(observation)
@@ -663,6 +673,85 @@ def evaluate(env, manager: TD3, worker: TD3, args: Args, seed: int) -> dict:
         if len(goals) > 1:
             metrics |= {f"eval/{name}_goal{i}": float(values[index == i].mean()) for i in range(len(goals))}
     return metrics | period_metrics("eval", periods, args.reached_radius)
+
+
+# --------------------------------------------------------------------------------------------------- pictures
+
+
+class Recorder:
+    """Watches evaluation: every path for a picture from above, and films on demand. Files start with `name`.
+
+    landmarks [n, 2 or more]: positions to mark, those of a planner.
+    """
+
+    def __init__(self, env, folder: Path, name: str, landmarks=()):
+        self.env, self.folder, self.name, self.landmarks = env, folder, name, landmarks
+        self.paths, self.film = [], None
+
+    def start(self, goal, goal_index: int, film: bool):
+        """A new episode."""
+        self.close_film()
+        self.goal, self.positions, self.targets = goal, [], []
+        self.paths.append((goal, self.positions, self.targets))
+        if film:
+            import imageio  # an extra, see --capture-video
+
+            path = self.folder / "videos" / f"{self.name}_goal{goal_index}.mp4"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.film = imageio.get_writer(path, fps=self.env.metadata["render_fps"], macro_block_size=8)
+
+    def add(self, obs, subgoal):
+        """What the worker sees [obs_dim] and is asked for [D], before it acts."""
+        target = obs[:2] + subgoal[:2]
+        if not self.targets or np.abs(target - self.targets[-1]).max() > 1e-3:  # it stays for a period
+            self.targets.append(target)
+        self.positions.append(obs[:2].copy())
+        if self.film:
+            self.env.markers = self.markers()
+            self.film.append_data(self.env.render())
+
+    def markers(self) -> list[dict]:
+        """The subgoal, a trail of earlier ones and the landmarks, as spheres for the renderer."""
+        height = self.env.maze.floor_z + 0.5
+        groups = ((self.landmarks, 0.15, (0, 0.7, 0.3, 0.8)), (self.targets[-20:-1], 0.12, (1, 0.6, 0, 0.5)))
+        groups += ((self.targets[-1:], 0.35, (1, 0.4, 0, 0.9)),)
+        return [
+            dict(pos=(float(place[0]), float(place[1]), height), size=size, rgba=colour)
+            for places, size, colour in groups
+            for place in places
+        ]
+
+    def draw(self) -> Figure:
+        """Walls grey, paths blue, subgoals orange dots, landmarks green crosses, goals red stars."""
+        figure, maze = Figure(figsize=(4, 4), dpi=80, layout="tight"), self.env.maze
+        axes, side = figure.add_subplot(aspect="equal"), maze.size
+        for row, column in maze.walls:
+            x, y = maze.centre(row, column)
+            axes.add_patch(Rectangle((x - side / 2, y - side / 2), side, side, color="0.8"))
+        for goal, positions, targets in self.paths:
+            axes.plot(*np.transpose(targets), ".", color="tab:orange", markersize=2)
+            axes.plot(*np.transpose(positions), color="tab:blue", linewidth=1)
+            axes.plot(*np.reshape(goal[:2], (2, -1)), "*", color="tab:red", markersize=12)
+        if len(self.landmarks):
+            axes.plot(*np.transpose(self.landmarks)[:2], "x", color="tab:green", markersize=4)
+        return figure
+
+    def save(self, writer: SummaryWriter | None = None, step: int = 0):
+        """End the film, write the picture, and show it in TensorBoard."""
+        self.close_film()
+        figure, path = self.draw(), self.folder / "pictures" / f"{self.name}.png"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path)
+        except OSError as error:
+            fail(f"cannot write {path}: {error}; choose another --run-dir")
+        if writer is not None:
+            writer.add_figure("eval/paths", figure, step)
+
+    def close_film(self):
+        if self.film:
+            self.film.close()
+            self.film, self.env.markers = None, []
 
 
 # -------------------------------------------------------------------------------------- logs and checkpoints
@@ -862,7 +951,11 @@ def make_run_dir(args: Args) -> Path:
     run_dir = Path(args.run_dir or (Path(args.resume).parent if args.resume else default))
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.json").write_text(json.dumps(describe_run(args), indent=2) + "\n")
+        config, path = describe_run(args), run_dir / "config.json"
+        if args.resume and path.exists():
+            earlier = json.loads(path.read_text())
+            config["earlier_commands"] = [*earlier.get("earlier_commands", []), earlier["command"]]
+        path.write_text(json.dumps(config, indent=2) + "\n")
     except OSError as error:
         fail(f"cannot write to {run_dir}: {error}; choose another --run-dir")
     if args.track:
@@ -879,15 +972,19 @@ def main(args: Args):
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)  # numpy's and Python's global generators are not used
-    env, eval_env = make_env(args.env, args.reward), make_env(args.env, args.reward, evaluate=True)
+    env, render_mode = make_env(args.env, args.reward), "rgb_array" if args.capture_video else None
+    eval_env = make_env(args.env, args.reward, evaluate=True, render_mode=render_mode)
     manager, worker = make_agents(env, args, device)
     agents = {"manager": manager, "worker": worker}
     eval_seed = 1_000_003 * (args.seed + 1)  # far from the seeds of training
 
     if args.eval_only:
         load_parts(agents, load_checkpoint(args.checkpoint), args.checkpoint)
-        for name, value in evaluate(eval_env, manager, worker, args, eval_seed).items():
+        folder = Path(args.run_dir or Path(args.checkpoint).parent)
+        recorder = Recorder(eval_env, folder, "eval")
+        for name, value in evaluate(eval_env, manager, worker, args, eval_seed, recorder).items():
             print(f"{name:28s} {value:.4f}")
+        recorder.save()
         return
 
     worker_buffer, manager_buffer, segment = make_buffers(env, args, manager, worker, device)
@@ -979,7 +1076,9 @@ def main(args: Args):
         if step % args.eval_every == 0 or step == args.total_steps:
             row = {"step": step, "time": round(time.time() - begin, 1)}
             row["steps_per_second"] = round((step - last_step) / (time.time() - last_time), 1)
-            row |= evaluate(eval_env, manager, worker, args, eval_seed + step)
+            recorder = Recorder(eval_env, run_dir, f"step_{step:09d}")
+            row |= evaluate(eval_env, manager, worker, args, eval_seed + step, recorder)
+            recorder.save(writer, step)
             row |= period_metrics("worker", loop.periods, args.reached_radius)
             row["worker/torso_height"] = float(np.mean(loop.heights))
             row["worker/upside_down"] = float(np.mean(loop.flips))

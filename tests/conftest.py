@@ -26,7 +26,17 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [name for name in ("hiro", "cher", "aclg_gcmr") if (ROOT / f"{name}.py").exists()]
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
-    ["pytest", "numpy", "torch", "torch.utils.tensorboard", "tyro", "tqdm", "gymnasium", "mujoco"]
+    [
+        "pytest",
+        "numpy",
+        "torch",
+        "torch.utils.tensorboard",
+        "tyro",
+        "tqdm",
+        "gymnasium",
+        "mujoco",
+        "matplotlib.pyplot",
+    ]
 )
 torch.set_num_threads(1)
 
@@ -169,6 +179,7 @@ class ToyEnv:
         self.observation_space = gym.spaces.Dict(observation=space)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
         self.task = SimpleNamespace(goal_dim=2, reward_dims=2, eval_goals=(goal,))
+        self.maze = SimpleNamespace(walls=(), size=1.0)
         self.log = []  # (obs, action, next_obs) of each step
 
     def observe(self):
@@ -207,7 +218,9 @@ def toy_run(monkeypatch, tmp_path):
             _add(buffer, **fields)
 
         monkeypatch.setattr(module.ReplayBuffer, "add", add)
-        monkeypatch.setattr(module, "make_env", lambda *args, evaluate=False: ToyEnv(3) if evaluate else env)
+        monkeypatch.setattr(
+            module, "make_env", lambda *args, evaluate=False, **how: ToyEnv(3) if evaluate else env
+        )
         settings = dict(total_steps=steps, eval_every=10**9, eval_episodes=1, hidden=8, threads=1) | settings
         settings |= dict(device="cpu", subgoal_space="xy", run_dir=str(tmp_path / "run"), batch_size=8)
         module.main(module.Args(**settings))
