@@ -1,0 +1,43 @@
+"""Redraw every figure and table of README and docs from the files in the tree. One command, some seconds.
+
+    python benchmark/figures.py
+
+Curves come from benchmark/results by plot.py (which needs benchmark/requirements.txt), the table from
+results.py. The pictures of the environments have a script of their own, env_pictures.py, which needs GL.
+"""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+HERE = Path(__file__).resolve().parent
+# picture: runs below benchmark/results, metric
+CURVES = {
+    "curves_point.png": (["hiro/PointMaze-U", "cher/PointMaze-U", "aclg_gcmr/PointMaze-U"], "eval/success"),
+    "curves_ant_worker.png": (["hiro/AntMaze-U", "aclg_gcmr/AntMaze-U"], "worker/progress"),
+}
+
+
+@dataclass
+class Args:
+    results: Path = HERE / "results"  # the runs
+    docs: Path = HERE.parent / "docs"  # pictures go to its folder pictures
+    table: Path = HERE / "RESULTS.md"  # the table
+
+
+def main(args: Args):
+    commands = [["results.py", "--folder", args.results, "--out", args.table]]
+    for name, (folders, metric) in CURVES.items():
+        paths = [path for path in (args.results / folder for folder in folders) if path.exists()]
+        if not paths:
+            raise SystemExit(f"figures.py: error: {name} needs runs in {args.results}: {', '.join(folders)}")
+        commands.append(["plot.py", *paths, "--metric", metric, "--out", args.docs / "pictures" / name])
+    for script, *flags in commands:
+        subprocess.run([sys.executable, HERE / script, *flags], check=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

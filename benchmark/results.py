@@ -1,0 +1,114 @@
+"""The table of all published runs, benchmark/RESULTS.md, from the files below benchmark/results.
+
+    python benchmark/results.py
+
+A run that stopped before its --total-steps is unfinished: it has a line of its own and is not averaged over.
+"""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+HERE = Path(__file__).resolve().parent
+LAST = 5  # evaluations
+HEADER = """# Results
+
+Made by `python benchmark/results.py` from the files below `benchmark/results`; do not edit.
+Success: noise-free, at the last step of the episode, mean of a seed's last five evaluations; then the mean
+over seeds (smallest to largest). Solved at: the first step at which the mean of five evaluations in a row
+is at least 0.9. Progress: of the worker in training, metres along the subgoal per period, mean of the last
+five rows. Hours: wall-clock of one run, often beside others.
+"""
+COLUMNS = (
+    "script",
+    "environment",
+    "variant",
+    "seeds",
+    "steps",
+    "success",
+    "any step",
+    "solved at",
+    "progress",
+    "hours",
+)
+
+
+@dataclass
+class Args:
+    folder: Path = HERE / "results"  # <script>/<env>/<variant>/seed<k>/{progress.csv, config.json}
+    out: Path = HERE / "RESULTS.md"  # the table
+
+
+def read_run(file: Path) -> dict:
+    """One run's numbers."""
+    config = json.loads((file.parent / "config.json").read_text())
+    with open(file, newline="") as table:
+        rows = list(csv.DictReader(table))
+    values = {
+        name: np.array([float(row.get(name) or "nan") for row in rows])
+        for name in ("step", "time", "eval/success", "eval/success_any", "worker/progress")
+    }
+    means = np.convolve(values["eval/success"], np.ones(LAST) / LAST, "valid")
+    solved = np.flatnonzero(means >= 0.9 - 1e-9)
+    return {
+        "key": (config["script"], config["args"]["env"], file.parent.parent.name),
+        "seed": config["args"]["seed"],
+        "finished": values["step"][-1] >= config["args"]["total_steps"],
+        "steps": int(values["step"][-1]),
+        "success": values["eval/success"][-LAST:].mean(),
+        "any": values["eval/success_any"][-LAST:].mean(),
+        "solved": int(values["step"][LAST - 1 + solved[0]]) if len(solved) else None,
+        "progress": values["worker/progress"][-LAST:].mean(),
+        "hours": values["time"][-1] / 3600,
+        "commit": config["commit"],
+        "machine": config["machine"],
+    }
+
+
+def spread(values: list, digits: int = 2) -> str:
+    """Mean, and the range if there are several."""
+    text = f"{np.mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def table_row(key: tuple, runs: list[dict]) -> str:
+    """A line of the table for the runs of one script, environment and variant."""
+    solved = [f"{run['solved']:,}" if run["solved"] else "no" for run in runs]
+    cells = (
+        *key,
+        ", ".join(str(run["seed"]) for run in runs) + ("" if runs[0]["finished"] else ", unfinished"),
+        " / ".join(dict.fromkeys(f"{run['steps']:,}" for run in runs)),
+        spread([run["success"] for run in runs]),
+        spread([run["any"] for run in runs]),
+        " / ".join(solved),
+        spread([run["progress"] for run in runs]),
+        spread([run["hours"] for run in runs], 1),
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def main(args: Args):
+    runs = [read_run(file) for file in sorted(args.folder.rglob("progress.csv"))]
+    if not runs:
+        raise SystemExit(f"results.py: error: no progress.csv below {args.folder}")
+    groups = {}
+    for run in sorted(runs, key=lambda run: (run["key"], run["seed"])):
+        groups.setdefault((run["key"], run["finished"] or run["seed"]), []).append(run)
+    lines = [table_row(key, group) for (key, _), group in groups.items()]
+    rule = "|" + "---|" * len(COLUMNS)
+    text = "\n".join(
+        [HEADER, "| " + " | ".join(COLUMNS) + " |", rule, *lines, "", "## Commits and machines", ""]
+    )
+    for (key, _), group in groups.items():
+        for run in group:
+            text += f"\n- {'/'.join(key)}/seed{run['seed']}: commit {run['commit']}, {run['machine']}"
+    args.out.write_text(text + "\n")
+    print(f"wrote {args.out}: {len(runs)} runs")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,84 @@
+"""benchmark/results.py and figures.py: the table and the figures from the files of runs."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import results  # noqa: E402
+
+
+@pytest.fixture
+def publish(tmp_path):
+    """publish(script, env, variant, seed, successes, total): a run with an evaluation every 10 steps."""
+
+    def publish(script, env, variant, seed, successes, total):
+        folder = tmp_path / "results" / script / env / variant / f"seed{seed}"
+        folder.mkdir(parents=True)
+        config = {"script": script, "commit": "abc", "machine": "two cores"}
+        config["args"] = {"env": env, "seed": seed, "total_steps": total, "variant": variant}
+        (folder / "config.json").write_text(json.dumps(config))
+        with open(folder / "progress.csv", "w", newline="") as file:
+            names = ["step", "time", "eval/success", "eval/success_any", "worker/progress"]
+            table = csv.DictWriter(file, names)
+            table.writeheader()
+            for index, success in enumerate(successes, 1):
+                table.writerow(dict(zip(names, (10 * index, 360 * index, success, 1, 0.5))))
+
+    return publish
+
+
+def table_of(tmp_path):
+    results.main(results.Args(tmp_path / "results", tmp_path / "RESULTS.md"))
+    rows = (tmp_path / "RESULTS.md").read_text().splitlines()
+    return [row.strip("| ").split(" | ") for row in rows if row.startswith("| hiro")]
+
+
+def test_mean_of_the_last_five_and_of_the_seeds(publish, tmp_path):
+    publish("hiro", "A", "x", 1, [0, 0, 1, 1, 1, 1, 0.5], 70)
+    publish("hiro", "A", "x", 2, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 70)
+    (row,) = table_of(tmp_path)
+    assert row[:5] == ["hiro", "A", "x", "1, 2", "70"]
+    assert row[5] == "0.70 (0.50 to 0.90)"  # 4.5 / 5 and 2.5 / 5
+    assert row[7:] == ["70 / no", "0.50 (0.50 to 0.50)", "0.7 (0.7 to 0.7)"]
+
+
+def test_unfinished_runs_stand_alone(publish, tmp_path):
+    publish("hiro", "A", "x", 1, [1] * 5, 50)
+    publish("hiro", "A", "x", 2, [0] * 3, 50)
+    publish("hiro", "A", "x", 3, [0] * 2, 50)
+    rows = table_of(tmp_path)
+    assert [row[3] for row in rows] == ["1", "2, unfinished", "3, unfinished"]
+    assert [row[5] for row in rows] == ["1.00", "0.00", "0.00"]
+    assert [row[7] for row in rows] == ["50", "no", "no"]
+
+
+def test_no_runs(tmp_path):
+    with pytest.raises(SystemExit, match="no progress.csv"):
+        results.main(results.Args(tmp_path, tmp_path / "RESULTS.md"))
+
+
+def test_the_published_table_is_that_of_the_files(tmp_path):
+    results.main(results.Args(out=tmp_path / "RESULTS.md"))
+    assert (tmp_path / "RESULTS.md").read_text() == (ROOT / "benchmark" / "RESULTS.md").read_text()
+
+
+def test_one_command_redraws_all_figures(tmp_path):
+    pytest.importorskip("scipy", reason="benchmark/requirements.txt")
+    command = [
+        sys.executable,
+        ROOT / "benchmark" / "figures.py",
+        "--docs",
+        tmp_path,
+        "--table",
+        tmp_path / "T.md",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    drawn = {path.name for path in (tmp_path / "pictures").iterdir()}
+    published = {path.name for path in (ROOT / "docs" / "pictures").glob("curves_*.png")}
+    assert drawn == published and (tmp_path / "T.md").exists()
