@@ -1,4 +1,4 @@
-"""benchmark/plot.py against numbers by hand; benchmark/run.py: grids that end, stop, go on and fail."""
+"""benchmark/plot.py and speed.py against numbers by hand; run.py: grids that end, stop, go on and fail."""
 
 import importlib.util
 import json
@@ -21,14 +21,18 @@ TIMEOUT = 300  # s; far more than it takes on a free core
 # --------------------------------------------------------------------------------------------------- plot.py
 
 
-@pytest.fixture(scope="session")
-def plot():
-    """The module."""
-    pytest.importorskip("scipy")
-    spec = importlib.util.spec_from_file_location("plot", ROOT / "benchmark" / "plot.py")
+def load(name):
+    """The module benchmark/<name>.py."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmark" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def plot():
+    pytest.importorskip("scipy")
+    return load("plot")
 
 
 def write_run(folder, rows, script="hiro", env="PointMaze-U", variant="default", seed=1, **settings):
@@ -342,3 +346,48 @@ def test_missing_libraries(grid, tmp_path):
         command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=TIMEOUT
     )
     assert plotted.returncode == 1 and plotted.stderr.startswith("plot.py: error: needs scipy: pip")
+
+
+# -------------------------------------------------------------------------------------------------- speed.py
+
+
+@pytest.fixture(scope="module")
+def speed():
+    return load("speed")
+
+
+def test_fixed_plus_slope(speed):
+    """5 ms and 1 GFLOP per call, 2 ms and 7 GFLOP per update; exact, as there is no noise."""
+    costs = speed.fixed_plus_slope(lambda n: np.array([5 + 2 * n, 1 + 7 * n]), 2, 12, 200)
+    np.testing.assert_allclose(costs, [405, 1401])
+
+
+def test_average_rate(speed):
+    """The last half: 5,000 steps at 50/s are 100 s, 2,500 at 100/s are 25 s."""
+    rates = {5000: "400.0", 10000: "100.0", 15000: "50.0", 17500: "100.0"}
+    rows = [{"step": str(step), "steps_per_second": rate} for step, rate in rates.items()]
+    assert speed.average_rate(rows, 10000) == 7500 / 125
+
+
+def test_operations_of_hiro(speed):
+    """GFLOP per environment step: batch 100, obs of 30 numbers, subgoal 15, action 8, period 10."""
+    parts, _ = speed.measure("hiro", speed.Args(repeats=1, rows=500), ["--worker-buffer", "500"])
+    actor, critic, inner = 45 * 300 + 300 * 300 + 300 * 8, 53 * 300 + 300 * 300 + 300, 300 * 300 + 300
+    update = actor + 6 * critic + 2 * inner  # targets, forward, gradients by weights, by hidden units
+    assert 2 * update == pytest.approx(1.9e6, rel=0.03)
+    assert parts["worker critics"][1] == pytest.approx(100 * 2 * update / 1e9)
+    update = 2 * actor + 2 * critic + 300 * 308  # forward, gradients by weights, by action, by hidden units
+    assert 2 * update == pytest.approx(1.06e6, rel=0.03)
+    assert parts["worker actor"][1] == pytest.approx(100 * 2 * update / 1e9 / 2)
+    assert parts["relabeling"][1] == pytest.approx(100 * 10 * 10 * 2 * actor / 1e9 / 10)
+    assert parts["environment"][1] == parts["store"][1] == 0
+
+
+@pytest.mark.parametrize("script", ["cher", "aclg_gcmr"])
+def test_cell(speed, script, capsys):
+    """The process of --grow; and that a script's every part can be timed."""
+    tiny = ["--hidden", "32", "--worker-buffer", "600", "--batch-size", "16"]
+    tiny += ["--dynamics-hidden", "16", "--coverage-landmarks", "5"] if script == "aclg_gcmr" else []
+    speed.print_cell(speed.Args(cell=script, repeats=1, rows=speed.FULL), tiny)
+    cell = json.loads(capsys.readouterr().out)
+    assert cell["batch"] == 16 and cell["ms"] > 0 and 0.05 < cell["peak"] < 50

@@ -629,6 +629,29 @@ def test_before_the_planner_the_landmark_is_where_one_is():
     assert same(values(first), values(second))
 
 
+def test_planning_for_some_rows(monkeypatch):
+    """The landmark term is the mean over the rows that were planned for; the other terms keep all."""
+    asked = []
+
+    def plan(worker, novelty, buffer, obs, goal, args):
+        asked.append((len(obs), len(goal)))
+        return obs[:, :2] + torch.tensor([2.0, 0.0])
+
+    monkeypatch.setattr(gcmr, "plan_landmarks", plan)
+    _, losses = one_manager_update(True, planner_rows=5)
+    _, all_rows = one_manager_update(True)
+    assert asked == [(5, 5), (16, 16)]
+    torch.manual_seed(9)
+    batch = make_buffers()[1].sample(16)
+    subgoal = make_manager().actor(batch.obs_seq[:, 0], batch.goal)
+    error = (torch.tensor([2.0, 0.0]) - subgoal).square()
+    assert losses["manager/landmark_loss"].item() == pytest.approx(error[:5].mean().item(), rel=1e-4)
+    assert all_rows["manager/landmark_loss"].item() == pytest.approx(error.mean().item(), rel=1e-4)
+    assert losses["manager/adjacency_loss"] == all_rows["manager/adjacency_loss"]
+    with pytest.raises(SystemExit, match="planner-rows"):
+        gcmr.parse_args(["--planner-rows", "129"])
+
+
 def test_manager_learns_from_relabeled_subgoals(monkeypatch):
     monkeypatch.setattr(
         gcmr, "relabel_subgoals", lambda w, d, batch, *_: batch.subgoal + torch.tensor([3.0, 4.0])
