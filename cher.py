@@ -780,6 +780,7 @@ def period_metrics(prefix: str, periods: list, reached_radius: float) -> dict:
         f"{prefix}/progress": float((((end - start) * subgoal).sum(1) / np.maximum(length, 1e-9)).mean()),
         f"{prefix}/subgoal_distance": float(distance.mean()),
         f"{prefix}/subgoal_reached": float((distance < reached_radius).mean()),
+        f"{prefix}/subgoal_halved": float((distance < 0.5 * length).mean()),
         f"{prefix}/subgoal_length": float(length.mean()),
         f"{prefix}/subgoal_spread": float(subgoal.std(0).mean()),
     }

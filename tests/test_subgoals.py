@@ -261,6 +261,7 @@ def test_evaluate():
     assert metrics["eval/progress"] == pytest.approx(2) and metrics["eval/subgoal_distance"] == pytest.approx(
         2
     )
+    assert metrics["eval/subgoal_halved"] == 0.5  # 1 m and 3 m of 4 are left
     assert metrics["eval/subgoal_reached"] == 0 and metrics["eval/subgoal_length"] == pytest.approx(4)
 
 
@@ -270,7 +271,7 @@ def test_period_metrics():
     metrics = hiro.period_metrics("worker", periods, reached_radius=1.0)
     assert metrics["worker/progress"] == pytest.approx((5 + 0) / 2)
     assert metrics["worker/subgoal_distance"] == pytest.approx((0 + 5**0.5) / 2)
-    assert metrics["worker/subgoal_reached"] == 0.5
+    assert metrics["worker/subgoal_reached"] == metrics["worker/subgoal_halved"] == 0.5
     assert metrics["worker/subgoal_length"] == pytest.approx(3.5)
     assert metrics["worker/subgoal_spread"] == pytest.approx((0.5 + 2) / 2)
     assert hiro.period_metrics("worker", [], 1.0) == {}
