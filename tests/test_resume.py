@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import TINY, read_rows
+from conftest import SCRIPTS, TINY, read_rows
 
 STOP_AT = 557  # in the middle of the second episode and of a segment, after an evaluation at 285
 
@@ -203,12 +203,14 @@ def test_progress_survives_a_crash_while_it_is_written(module, monkeypatch, tmp_
     ]
 
 
-def test_kill_at_any_moment(start, run, tmp_path):
+@pytest.mark.parametrize(
+    "script, kills", [("hiro", 5), *(pytest.param(name, 50, marks=pytest.mark.slow) for name in SCRIPTS)]
+)
+def test_kill_at_any_moment(script, kills, start, run, tmp_path):
     """SIGKILL while checkpoints are written all the time: whichever is there is whole, and resumes.
 
-    One script, as the others save with the same text (test_siblings.py).
+    One script in CI, as the others save with the same text (test_siblings.py).
     """
-    script = "hiro"
     flags = [
         "--env",
         "PointMaze-U",
@@ -220,10 +222,11 @@ def test_kill_at_any_moment(start, run, tmp_path):
         "--save-every",
         2,
     ]
-    flags += ["--hidden", 8, "--worker-buffer", 600, "--manager-buffer", 50, "--run-dir", tmp_path]
+    flags += ["--hidden", 8, "--worker-buffer", 600, "--run-dir", tmp_path]
+    flags += [] if script == "cher" else ["--manager-buffer", 50]
     checkpoint, step = tmp_path / "checkpoint.pt", 0
     rng = random.Random(0)
-    for repetition in range(5):
+    for repetition in range(kills):
         more = ["--resume", checkpoint, "--run-dir", tmp_path] if repetition else flags
         before = checkpoint.stat().st_mtime_ns if repetition else 0
         job = start(script, *more)
