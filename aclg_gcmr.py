@@ -252,7 +252,7 @@ PRESETS: dict[str, dict] = {
     "AntFourRooms": {"source": "no settings were published; those of AntMaze-U"},
     "AntGather": {"source": "no settings were published; no goals, so no landmarks", "landmark_weight": 0.0},
     "PointMaze-U": {
-        "source": "released script of PointMaze-v1, but early starts, cheap updates, a fast actor: half an hour",
+        "source": "released script of PointMaze-v1; early starts, cheap updates, a fast actor: half an hour",
         "reward": "sparse",
         "adjacency_factor": 0.7,
         "rollout_planning_weight": 5e-5,
