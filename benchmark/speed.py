@@ -229,16 +229,15 @@ def gcmr_parts(script, settings, manager, worker, worker_buffer, manager_buffer,
     query = (worker, dynamics, batch, manager.limit, settings)
     relabel = cost(lambda: script.relabel_subgoals(*query), n)
     modules = (manager, worker, dynamics, adjacency, novelty, manager_buffer, worker_buffer, settings)
-    update = cost(lambda: script.update_manager(*modules, False), n)
+    update = cost(lambda: script.update_manager(*modules, with_planner=False), n)
     parts |= {"relabeling": relabel / period, "manager critics and actor": (update - relabel) / period}
     if penalty_on or planning_on or settings.model_relabeling:
         training = fixed_plus_slope(train_model, 2, 2 + 2 * n, settings.dynamics_updates)
         parts["dynamics model"] = training / settings.dynamics_every
     if settings.landmark_weight > 0:
-        question = (worker, novelty, worker_buffer, batch.obs_seq[:, 0], batch.goal, settings)
-        planner = cost(lambda: script.plan_landmarks(*question), max(3, n // 4))
+        planned = cost(lambda: script.update_manager(*modules, with_planner=True), max(3, n // 4))
         distillation = (novelty, novelty_adam, worker_buffer, settings, 10)
-        parts["landmark planner"] = planner / period
+        parts["landmark planner"] = (planned - update) / period
         parts["novelty"] = cost(lambda: script.train_novelty(*distillation), n) / 10
     return parts
 
