@@ -174,6 +174,9 @@ class Args:
     direct_value: float = -10.0  # goal_thr, a goal whose direct edge is above is its own landmark
     path_search: Literal["exact", "soft"] = "exact"  # "soft": the released 20 rounds of soft value iteration
     planner_rows: int = 0  # rows of a batch to plan for, 0: all (released); fewer only raise the variance
+    planner_keeps_graph: int = (
+        1  # plans made with one set of landmarks and the edges between them (released: 1)
+    )
     planner_bfloat16: bool = False  # score edges in bfloat16: 1.6 times as fast, 98 % equal choices
     path_heat: float = 0.9  # inverse temperature of "soft"
 
@@ -332,6 +335,7 @@ def check_args(args: Args):
     positive += (
         "manager_buffer",
         "adjacency_epochs",
+        "planner_keeps_graph",
         "dynamics_members",
         "dynamics_first_updates",
         "dynamics_updates",
@@ -1081,17 +1085,45 @@ def shift_landmark(achieved, landmark, shift: float):
     return achieved + shift * difference / difference.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
 
+def planner_precision(args: Args, obs):
+    return torch.autocast(obs.device.type, torch.bfloat16, enabled=args.planner_bfloat16)
+
+
+class LandmarkGraph:
+    """The landmarks and the edges between them, kept for some plans if asked: half of the cost of a plan."""
+
+    def __init__(self, device):
+        self.obs, self.edges = torch.zeros(0, 0, device=device), torch.zeros(0, 0, device=device)
+        self.plans = 0  # made so far
+
+    @torch.no_grad()
+    def refresh(self, worker: TD3, novelty: Novelty, buffer: ReplayBuffer, dims: int, args: Args):
+        """Draw coverage landmarks, add the novel ones, and score the edges; when a new graph is due."""
+        if self.plans % args.planner_keeps_graph == 0:
+            pool = buffer.sample(args.coverage_pool).obs
+            coverage = pool[farthest_point_sample(pool[:, :dims], args.coverage_landmarks)]
+            self.obs = torch.cat([coverage, novelty.obs])  # [n, obs_dim]
+            with planner_precision(args, self.obs):
+                self.edges = edge_values(worker, self.obs, self.obs[:, :dims])  # [n, n]
+        self.plans += 1
+
+    def state_dict(self) -> dict:
+        return {"obs": self.obs, "edges": self.edges, "plans": self.plans}
+
+    def load_state_dict(self, state: dict):
+        self.obs, self.edges = (state[name].to(self.obs.device) for name in ("obs", "edges"))
+        self.plans = state["plans"]
+
+
 @torch.no_grad()
-def plan_landmarks(worker: TD3, novelty: Novelty, buffer: ReplayBuffer, obs, goal, args: Args):
+def plan_landmarks(worker: TD3, graph: LandmarkGraph, obs, goal, args: Args):
     """The pseudo-landmarks at which the subgoals should aim. obs [B, obs_dim], goal [B, D] -> [B, D]"""
     dims = goal.shape[-1]
-    pool = buffer.sample(args.coverage_pool).obs
-    coverage = pool[farthest_point_sample(pool[:, :dims], args.coverage_landmarks)]
-    landmark_obs = torch.cat([coverage, novelty.obs])  # [n, obs_dim]
-    landmarks = landmark_obs[:, :dims]
-    with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.planner_bfloat16):
-        edges = edge_values(worker, landmark_obs, torch.cat([landmarks, goal]))  # [n, n + B]
+    landmarks = graph.obs[:, :dims]
+    with planner_precision(args, obs):
+        to_goals = edge_values(worker, graph.obs, goal)  # [n, B]
         to_landmarks = edge_values(worker, obs, landmarks).double()  # [B, n]
+    edges = torch.cat([graph.edges, to_goals], 1)  # [n, n + B]
     edges = clip_edges(edges, args.edge_cutoff)
     exact = args.path_search == "exact"
     path_values = best_path_values(edges) if exact else soft_path_values(edges, args.path_heat)  # [n, B]
@@ -1271,6 +1303,7 @@ def update_manager(
     dynamics: DynamicsEnsemble,
     adjacency: Adjacency,
     novelty: Novelty,
+    graph: LandmarkGraph,
     buffer: ReplayBuffer,
     worker_buffer: ReplayBuffer,
     args: Args,
@@ -1302,8 +1335,8 @@ def update_manager(
         here, target_landmark = achieved[:rows], achieved[:rows]
         weight = args.landmark_weight * args.landmark_weight_before_planner
         if with_planner:
-            goal = batch.goal[:rows]
-            target_landmark = plan_landmarks(worker, novelty, worker_buffer, obs[:rows], goal, args)
+            graph.refresh(worker, novelty, worker_buffer, subgoal.shape[-1], args)
+            target_landmark = plan_landmarks(worker, graph, obs[:rows], batch.goal[:rows], args)
             weight = args.landmark_weight
         to_landmark = landmark_loss(adjacency, here, subgoal[:rows], target_landmark, args)
         losses["manager/landmark_loss"] = to_landmark
@@ -1701,9 +1734,9 @@ def main(args: Args):
     needs_model = (
         args.gradient_penalty_weight > 0 or args.rollout_planning_weight > 0 or args.model_relabeling
     )
-    counts = UpdateCounts()
+    counts, graph = UpdateCounts(), LandmarkGraph(device)
     parts = agents | {"worker_buffer": worker_buffer, "manager_buffer": manager_buffer, "segment": segment}
-    parts |= {"dynamics": dynamics, "adjacency": adjacency, "counts": counts}
+    parts |= {"dynamics": dynamics, "adjacency": adjacency, "counts": counts, "graph": graph}
     parts |= {"dynamics_optimizer": dynamics_optimizer, "adjacency_optimizer": adjacency_optimizer}
     parts |= {"novelty_optimizer": novelty_optimizer}
     run_dir, period, dims = make_run_dir(args), args.manager_period, len(manager.limit)
@@ -1743,7 +1776,7 @@ def main(args: Args):
                     worker, manager, dynamics, worker_buffer, manager_buffer, args, **due
                 )
             if updates > 0 and updates % period == 0:
-                modules = (manager, worker, dynamics, adjacency, novelty)
+                modules = (manager, worker, dynamics, adjacency, novelty, graph)
                 with_planner = step >= args.planner_starts
                 loop.losses |= update_manager(*modules, manager_buffer, worker_buffer, args, with_planner)
 

@@ -228,7 +228,8 @@ def gcmr_parts(script, settings, manager, worker, worker_buffer, manager_buffer,
     batch = manager_buffer.sample(settings.batch_size)
     query = (worker, dynamics, batch, manager.limit, settings)
     relabel = cost(lambda: script.relabel_subgoals(*query), n)
-    modules = (manager, worker, dynamics, adjacency, novelty, manager_buffer, worker_buffer, settings)
+    graph = script.LandmarkGraph(worker.limit.device)
+    modules = (manager, worker, dynamics, adjacency, novelty, graph, manager_buffer, worker_buffer, settings)
     update = cost(lambda: script.update_manager(*modules, with_planner=False), n)
     parts |= {"relabeling": relabel / period, "manager critics and actor": (update - relabel) / period}
     if penalty_on or planning_on or settings.model_relabeling:

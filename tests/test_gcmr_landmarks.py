@@ -558,6 +558,13 @@ def loop_planner(landmarks, query, goals, args):
     return result, edges
 
 
+def plan(worker, novelty, buffer, obs, goal, args):
+    """With a graph made for this plan."""
+    graph = gcmr.LandmarkGraph("cpu")
+    graph.refresh(worker, novelty, buffer, goal.shape[-1], args)
+    return gcmr.plan_landmarks(worker, graph, obs, goal, args)
+
+
 @pytest.mark.parametrize("search", ["exact", "soft"])
 def test_plan_equals_a_loop(search):
     rng = np.random.default_rng(0)
@@ -569,7 +576,7 @@ def test_plan_equals_a_loop(search):
     obs = torch.tensor(rng.uniform(0, 8, (20, 5)), dtype=torch.float32)
     goal = torch.tensor(rng.uniform(0, 8, (20, 2)), dtype=torch.float32)
     goal[3] = obs[3, :2] + 0.5  # near: gone to directly
-    planned = gcmr.plan_landmarks(wall_worker(), novelty, buffer, obs, goal, args)
+    planned = plan(wall_worker(), novelty, buffer, obs, goal, args)
     assert asked == [60] and not planned.requires_grad
     coverage = pool[gcmr.farthest_point_sample(pool[:, :2], 9), :2].tolist()
     expected, edges = loop_planner(
@@ -591,7 +598,7 @@ def test_plan_goes_round_the_wall():
     )
     novelty = SimpleNamespace(obs=torch.zeros(0, 5))  # before the first episode's end
     goal = torch.tensor([[1.5, 7.0]])
-    planned = gcmr.plan_landmarks(wall_worker(), novelty, buffer, obs, goal, make_args())
+    planned = plan(wall_worker(), novelty, buffer, obs, goal, make_args())
     step = planned - obs[:, :2]
     assert step[0, 0] > 1.5  # to the right, although the goal is straight above
 
@@ -608,7 +615,7 @@ def test_plan_with_networks_and_without_gradient():
             parameter.fill_(torch.nan)
     for search in ("exact", "soft"):
         args = make_args(coverage_pool=50, coverage_landmarks=10, path_search=search, direct_value=5.0)
-        planned = gcmr.plan_landmarks(worker, novelty, buffer, obs, goal, args)
+        planned = plan(worker, novelty, buffer, obs, goal, args)
         torch.testing.assert_close((planned - obs[:, :2]).norm(dim=1), torch.full((7,), 2.0))
     assert all(p.grad is None for p in worker.actor_params + worker.critic_params)
 
@@ -626,7 +633,27 @@ def test_plan_in_bfloat16_chooses_alike():
         seen.clear()
         torch.manual_seed(0)
         args = make_args(coverage_pool=100, coverage_landmarks=20, planner_bfloat16=low, direct_value=5.0)
-        plans.append(gcmr.plan_landmarks(worker, novelty, buffer, obs, goal, args))
+        plans.append(plan(worker, novelty, buffer, obs, goal, args))
         assert any(seen) == low  # or the flag did nothing
     same = (plans[0] - plans[1]).norm(dim=1) < 0.1
     assert plans[1].dtype == torch.float32 and same.float().mean() > 0.7
+
+
+def test_a_graph_is_kept_for_some_plans():
+    """Three plans with the same landmarks, then new ones; a copy from a checkpoint goes on alike."""
+    novelty = SimpleNamespace(obs=torch.tensor([[7.0, 7.0, 0, 0, 0]]))
+    buffer = SimpleNamespace(sample=lambda count: SimpleNamespace(obs=8 * torch.rand(count, 5)))
+    args = make_args(coverage_landmarks=6, coverage_pool=30, planner_keeps_graph=3)
+    graph, seen = gcmr.LandmarkGraph("cpu"), []
+    for _ in range(7):
+        graph.refresh(wall_worker(), novelty, buffer, 2, args)
+        seen.append(graph.obs)
+        assert graph.edges.shape == (7, 7) and torch.equal(graph.obs[-1], novelty.obs[0])
+    assert [torch.equal(a, b) for a, b in zip(seen, seen[1:])] == [True, True, False, True, True, False]
+    copy = gcmr.LandmarkGraph("cpu")
+    copy.load_state_dict(graph.state_dict())
+    for each in (graph, copy):
+        torch.manual_seed(0)
+        each.refresh(wall_worker(), novelty, buffer, 2, args)
+    assert torch.equal(graph.obs, copy.obs) and torch.equal(graph.obs, seen[-1])
+    torch.testing.assert_close(graph.edges, gcmr.edge_values(wall_worker(), graph.obs, graph.obs[:, :2]))

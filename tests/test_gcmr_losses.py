@@ -583,8 +583,9 @@ def one_manager_update(
     before = values(*others) + [worker_buffer.rows.clone(), manager_buffer.rows.clone()]
     torch.manual_seed(9)
     losses = gcmr.update_manager(
-        manager, worker, dynamics, adjacency, novelty, manager_buffer, worker_buffer, args, with_planner
-    )
+        manager, worker, dynamics, adjacency, novelty, gcmr.LandmarkGraph("cpu"),
+        manager_buffer, worker_buffer, args, with_planner,
+    )  # fmt: skip
     assert same(before, values(*others) + [worker_buffer.rows, manager_buffer.rows])
     return manager, losses
 
@@ -633,7 +634,7 @@ def test_planning_for_some_rows(monkeypatch):
     """The landmark term is the mean over the rows that were planned for; the other terms keep all."""
     asked = []
 
-    def plan(worker, novelty, buffer, obs, goal, args):
+    def plan(worker, graph, obs, goal, args):
         asked.append((len(obs), len(goal)))
         return obs[:, :2] + torch.tensor([2.0, 0.0])
 
