@@ -749,7 +749,7 @@ def train_dynamics(
 ) -> dict:
     """Some gradient steps on one-step transitions of the replay; a fifth of the rows is held out for the log.
 
-    One step, although the released code feeds its model displacements of ten steps (README, deviations).
+    One step, although the released code feeds its model displacements of ten steps (docs/aclg_gcmr.md, deviations).
     """
     rows = torch.arange(len(buffer), device=buffer.rows.device)
     if len(buffer) > args.dynamics_rows:
