@@ -46,8 +46,8 @@ TINY_OF = {
     "cher": "--coop-delta -5 --coop-starts 2 --hindsight --relabeling off_policy".split(),
     "aclg_gcmr": "--dynamics-starts 200 --dynamics-every 200 --dynamics-first-updates 5 --dynamics-updates 3 "
     "--dynamics-batch-size 16 --dynamics-hidden 16 --planner-starts 300 --coverage-landmarks 5 "
-    "--coverage-pool 50 --novelty-landmarks 5 --adjacency-every 200 --adjacency-epochs 2 "
-    "--worker-critic-updates-with-penalty 2 --rollout-planning-every 3".split(),
+    "--planner-keeps-graph 3 --coverage-pool 50 --novelty-landmarks 5 --adjacency-every 200 "
+    "--adjacency-epochs 2 --worker-critic-updates-with-penalty 2 --rollout-planning-every 3".split(),
 }
 
 

@@ -1,6 +1,7 @@
 """Stopping and going on: bit for bit, and never without a whole checkpoint."""
 
 import csv
+import json
 import random
 import shutil
 import signal
@@ -75,8 +76,11 @@ def test_sigterm_saves_and_ends_well(stopped, script):
 def test_resumed_run_is_the_same_run(stopped, script, run, reference, tmp_path):
     """In its own folder, by default; only the number of steps is needed, the rest is in the file."""
     folder = shutil.copytree(stopped[0], tmp_path / "run")
+    first = json.loads((folder / "config.json").read_text())["command"]
     run(script, "--resume", folder / "checkpoint.pt")
     same_run(folder, reference)
+    config = json.loads((folder / "config.json").read_text())  # the run's settings came by the first command
+    assert config["earlier_commands"] == [first] and "--resume" in config["command"]
 
 
 def test_run_after_a_crash_is_the_same_run(script, train, run, reference, reference_flags, tmp_path):
