@@ -457,6 +457,8 @@ class AntEnv(gym.Env):
             except Exception as error:  # the type depends on the GL library
                 hint = "set MUJOCO_GL=egl (or osmesa) before mujoco is imported and install that library"
                 raise RuntimeError(f"cannot render on this machine ({error}); {hint}") from error
+            for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+                self._renderer.scene.flags[flag] = False  # four times as fast where the CPU draws
         camera = mujoco.MjvCamera()
         self._aim(camera)
         self._renderer.update_scene(self.data, camera)
