@@ -749,7 +749,7 @@ def train_dynamics(
 ) -> dict:
     """Some gradient steps on one-step transitions of the replay; a fifth of the rows is held out for the log.
 
-    One step, although the released code feeds its model displacements of ten steps (docs/aclg_gcmr.md, deviations).
+    One step, although the released code feeds its model displacements of ten steps (docs: deviations).
     """
     rows = torch.arange(len(buffer), device=buffer.rows.device)
     if len(buffer) > args.dynamics_rows:
@@ -1413,6 +1413,16 @@ def evaluate(env, manager: TD3, worker: TD3, args: Args, seed: int, recorder=Non
 # --------------------------------------------------------------------------------------------------- pictures
 
 
+@contextlib.contextmanager
+def writing(path: Path):
+    """A full disk or a read-only folder ends the run with one line."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        fail(f"cannot write {path}: {str(error).splitlines()[0]}; choose another --run-dir")
+
+
 class Recorder:
     """Watches evaluation: every path for a picture from above, and films on demand. Files start with `name`.
 
@@ -1431,9 +1441,9 @@ class Recorder:
         if film:
             import imageio  # an extra, see --capture-video
 
-            path = self.folder / "videos" / f"{self.name}_goal{goal_index}.mp4"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.film = imageio.get_writer(path, fps=self.env.metadata["render_fps"], macro_block_size=8)
+            self.path = self.folder / "videos" / f"{self.name}_goal{goal_index}.mp4"
+            with writing(self.path):
+                self.film = imageio.get_writer(self.path, fps=self.env.metadata["render_fps"])
 
     def add(self, obs, subgoal):
         """What the worker sees [obs_dim] and is asked for [D], before it acts."""
@@ -1443,7 +1453,8 @@ class Recorder:
         self.positions.append(obs[:2].copy())
         if self.film:
             self.env.markers = self.markers()
-            self.film.append_data(self.env.render())
+            with writing(self.path):
+                self.film.append_data(self.env.render())
 
     def markers(self) -> list[dict]:
         """The subgoal, a trail of earlier ones and the landmarks, as spheres for the renderer."""
@@ -1475,11 +1486,8 @@ class Recorder:
         """End the film, write the picture, and show it in TensorBoard."""
         self.close_film()
         figure, path = self.draw(), self.folder / "pictures" / f"{self.name}.png"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
             figure.savefig(path)
-        except OSError as error:
-            fail(f"cannot write {path}: {error}; choose another --run-dir")
         if writer is not None:
             writer.add_figure("eval/paths", figure, step)
 

@@ -116,3 +116,12 @@ def test_only_the_first_episode_of_each_goal_is_filmed(tmp_path, flags, films):
     args = hiro.Args(eval_episodes=2, eval_goals=(0.0, 8.0, 8.0, 0.0), capture_video=bool(flags))
     hiro.evaluate(env, level((3.0, 1.0)), level((0.5, 0.0)), args, 0, recorder)
     assert started == ([True, False, True, False] if films else [False] * 4)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(watched, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    watched.folder = tmp_path / "file"
+    with pytest.raises(SystemExit) as error:
+        watched.save()
+    assert "cannot write" in str(error.value) and "--run-dir" in str(error.value)
+    assert "\n" not in str(error.value)

@@ -19,7 +19,7 @@ EnsembleLinear init_output_ Actor Critic in_blocks adam_step TD3 explore
 ReplayBuffer.__init__ ReplayBuffer.__len__ ReplayBuffer.add ReplayBuffer.sample ReplayBuffer.unpack
 ReplayBuffer.state_dict ReplayBuffer.load_state_dict
 Segment score_candidates
-period_metrics split_observation evaluate Recorder
+period_metrics split_observation evaluate writing Recorder
 describe_run append_row to_tensors log_row check_finite save_checkpoint load_checkpoint load_parts freeze_run
 fast_cpu_matmul load_run make_agents make_buffers make_run_dir
 """.split()
