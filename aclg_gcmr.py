@@ -747,7 +747,7 @@ def dynamics_loss(mean, log_var, target):
 def train_dynamics(
     dynamics: DynamicsEnsemble, optimizer, buffer: ReplayBuffer, args: Args, step: int
 ) -> dict:
-    """Some gradient steps on one-step transitions of the replay; a fifth of the rows is held out for the log.
+    """Some gradient steps on one-step transitions of the replay; every fifth row is held out, for the log.
 
     One step, although the released code feeds its model displacements of ten steps (docs: deviations).
     """
@@ -755,12 +755,12 @@ def train_dynamics(
     if len(buffer) > args.dynamics_rows:
         newest = (buffer.added - 1 - torch.arange(args.dynamics_rows // 5, device=rows.device)) % len(buffer)
         random_rows = torch.randint(len(buffer), (args.dynamics_rows,), device=rows.device)
-        rows = torch.cat([random_rows, newest]).unique()  # no row on both sides of the split
-    batch = buffer.unpack(buffer.rows[rows[torch.randperm(len(rows), device=rows.device)]])
+        rows = torch.cat([random_rows, newest]).unique()
+    batch = buffer.unpack(buffer.rows[rows])
     data = (batch.obs, batch.action, batch.next_obs - batch.obs)
     dynamics.widen_box(torch.cat([batch.obs, batch.next_obs]))
-    split = len(rows) // 5
-    held_out, data = [x[:split] for x in data], [x[split:] for x in data]
+    hold = rows % 5 == 4  # the same ones at each training, as the networks keep what they have learned
+    held_out, data = [x[hold] for x in data], [x[~hold] for x in data]
     metrics = {"dynamics/error_before": dynamics.relative_error(*held_out)} if dynamics.trained_at else {}
     dynamics.fit_statistics(*data)
     obs, action, target = data[0], data[1], (data[2] - dynamics.delta_mean) / dynamics.delta_std
@@ -1824,7 +1824,7 @@ def main(args: Args):
             reward=args.worker_reward_scale * intrinsic_reward(achieved, subgoal, next_achieved),
             next_obs=next_obs,
             next_subgoal=next_subgoal,
-            terminated=terminal,
+            terminated=episode_over and args.time_limit_is_terminal,  # not death: dying must not pay
         )
         loop.episode_steps += 1
         loop.obs, loop.subgoal = next_obs, loop.first_subgoal if issued else next_subgoal

@@ -1067,6 +1067,8 @@ def load_worker(worker: TD3, env, args: Args):
         if state["args"][name] != getattr(args, name):
             fail(f"{path} was trained with {name} {state['args'][name]}, this run has {getattr(args, name)}")
     if SPECS[state["args"]["env"]].kind == "gather" and env.task.kind != "gather":
+        if env.task.kind != "ant" or env.task.observe_block:
+            fail(f"{path} has a worker of AntGather: obs of {args.env} has other entries")
         robot = env.robot_nq + env.robot_nv  # entries before the sensors
         for net in nets:
             weight = saved[net]["layers.0.weight"]  # both kinds of layers have the inputs in dimension 1

@@ -902,6 +902,12 @@ def test_transfer_within_a_task(tmp_path):
         (dict(env="AntMaze-U"), dict(env="AntMaze-Bottleneck"), "does not fit"),  # no time there
         (dict(env="AntMaze-U"), dict(env="AntGather"), "does not fit"),
         (dict(env="AntPush-Small", subgoal_space="xy"), dict(subgoal_space="xy"), "does not fit"),
+        # the sizes would fit: 50 entries less the sensors, and 36 of another order
+        (
+            dict(env="AntGather", subgoal_space="xy"),
+            dict(env="AntPush-Small", subgoal_space="xy"),
+            "other entries",
+        ),
     ],
 )
 def test_workers_that_do_not_transfer(tmp_path, saved, wanted, word):

@@ -347,7 +347,8 @@ def test_rows_of_a_training(monkeypatch):
     (data, held_out) = seen
     used = torch.cat([data[0], held_out[0]])
     assert 90 < len(used) <= 120 and len(used.unique(dim=0)) == len(used)  # nothing on both sides
-    assert len(held_out[0]) == len(used) // 5
+    assert len(used) / 10 < len(held_out[0]) < len(used) / 3
+    first_data = data[0]
     newest = linear_data(700)[0][-20:]
     assert all((used == row).all(1).any() for row in newest)  # every one of them
     forgotten = linear_data(700)[0][:100]
@@ -360,6 +361,8 @@ def test_rows_of_a_training(monkeypatch):
     gcmr.train_dynamics(ensemble, optimizer, buffer, args, 60)  # not beyond: each row once
     used = torch.cat([seen[1][0], seen[2][0]])  # error before, statistics, error after
     assert len(used) == 600 and len(used.unique(dim=0)) == 600
+    assert len(seen[0][0]) == 120  # a fifth, of which no row was ever trained on
+    assert not any((first_data == row).all(1).any() for row in seen[0][0])
 
 
 def test_each_member_has_its_own_rows(monkeypatch):
