@@ -1,4 +1,4 @@
-"""Redraw every figure and table of README and docs from the files in the tree. One command, some seconds.
+"""Redraw the curves and the table of results from the files in the tree. One command, some seconds.
 
     python benchmark/figures.py
 
