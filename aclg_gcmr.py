@@ -331,23 +331,12 @@ def check_args(args: Args):
     spec = SPECS[args.env]
     if args.reward is not None and args.reward not in spec.rewards:
         fail(f"--reward {args.reward}: {args.env} has {', '.join(spec.rewards)}")
-    positive = ("manager_period", "batch_size", "hidden", "worker_actor_every", "gradient_penalty_every")
-    positive += (
-        "manager_buffer",
-        "adjacency_epochs",
-        "planner_keeps_graph",
-        "dynamics_members",
-        "dynamics_first_updates",
-        "dynamics_updates",
-    )
-    for name in (
-        *positive,
-        "rollout_planning_every",
-        "total_steps",
-        "eval_every",
-        "eval_episodes",
-        "worker_buffer",
-    ):
+    positive = """
+    total_steps eval_every eval_episodes manager_period hidden batch_size worker_buffer
+    worker_actor_every manager_buffer gradient_penalty_every rollout_planning_every
+    adjacency_epochs planner_keeps_graph dynamics_members dynamics_first_updates dynamics_updates
+    """
+    for name in positive.split():
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("seed", "threads", "save_every", "planner_rows"):

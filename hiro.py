@@ -238,9 +238,11 @@ def check_args(args: Args):
     spec = SPECS[args.env]
     if args.reward is not None and args.reward not in spec.rewards:
         fail(f"--reward {args.reward}: {args.env} has {', '.join(spec.rewards)}")
-    positive = ("manager_period", "batch_size", "hidden", "worker_actor_every", "manager_actor_every")
-    positive += ("manager_buffer",)
-    for name in (*positive, "total_steps", "eval_every", "eval_episodes", "worker_buffer"):
+    positive = """
+    total_steps eval_every eval_episodes manager_period hidden batch_size worker_buffer
+    worker_actor_every manager_actor_every manager_buffer
+    """
+    for name in positive.split():
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("seed", "threads", "save_every"):
