@@ -432,7 +432,8 @@ class TD3:
 
     def load_state_dict(self, state: dict):
         for name in self.state_dict():
-            getattr(self, name).load_state_dict(state[name])
+            if name in state or not name.endswith("optimizer"):  # published agents come without
+                getattr(self, name).load_state_dict(state[name])
         for optimizer in (
             self.actor_optimizer,
             self.critic_optimizer,

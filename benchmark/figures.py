@@ -1,9 +1,10 @@
-"""Redraw the curves and the table of results from the files in the tree. One command, some seconds.
+"""Redraw the figures of README and docs and the table of results from the files in the tree.
 
-    python benchmark/figures.py
+    python benchmark/figures.py          # curves and table, some seconds
+    python benchmark/figures.py --all    # and films, paths and pictures of the environments, some minutes
 
-Curves come from benchmark/results by plot.py (which needs benchmark/requirements.txt), the table from
-results.py. The pictures of the environments have a script of their own, env_pictures.py, which needs GL.
+Curves are drawn by plot.py, which needs benchmark/requirements.txt, the table by results.py; with --all also
+films.py and env_pictures.py, which need a GL library and imageio[ffmpeg].
 """
 
 import subprocess
@@ -26,6 +27,7 @@ class Args:
     results: Path = HERE / "results"  # the runs
     docs: Path = HERE.parent / "docs"  # pictures go to its folder pictures
     table: Path = HERE / "RESULTS.md"  # the table
+    all: bool = False  # everything that README and docs show
 
 
 def main(args: Args):
@@ -35,6 +37,8 @@ def main(args: Args):
         if not paths:
             raise SystemExit(f"figures.py: error: {name} needs runs in {args.results}: {', '.join(folders)}")
         commands.append(["plot.py", *paths, "--metric", metric, "--out", args.docs / "pictures" / name])
+    if args.all:
+        commands += [[name, "--out", args.docs / "pictures"] for name in ("env_pictures.py", "films.py")]
     for script, *flags in commands:
         subprocess.run([sys.executable, HERE / script, *flags], check=True)
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -82,3 +83,15 @@ def test_one_command_redraws_all_figures(tmp_path):
     drawn = {path.name for path in (tmp_path / "pictures").iterdir()}
     published = {path.name for path in (ROOT / "docs" / "pictures").glob("curves_*.png")}
     assert drawn == published and (tmp_path / "T.md").exists()
+
+
+@pytest.mark.parametrize(
+    "agent", sorted((ROOT / "benchmark" / "agents").glob("*.pt")), ids=lambda path: path.stem
+)
+def test_published_agents_evaluate(agent, run, tmp_path):
+    """They come without optimisers. Their success is not asserted: another CPU may round differently."""
+    flags = ("--eval-only", "--checkpoint", agent, "--eval-episodes", 1, "--run-dir", tmp_path)
+    done = run(agent.stem, *flags)
+    assert "eval/success" in done.out and (tmp_path / "pictures" / "eval.png").exists()
+    state = torch.load(agent, weights_only=True)
+    assert not any(name.endswith("optimizer") for name in [*state["manager"], *state["worker"]])

@@ -1,0 +1,66 @@
+"""Redraw the films and paths of README from the agents in benchmark/agents: a minute each on a CPU.
+
+python benchmark/films.py                                    # needs GL and pip install "imageio[ffmpeg]"
+python benchmark/films.py --publish runs/.../model.pt hiro   # a run's model.pt -> benchmark/agents/hiro.pt
+"""
+
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class Args:
+    agents: Path = HERE / "agents"  # <script>.pt
+    out: Path = HERE.parent / "docs" / "pictures"  # gets film_<script>.gif and paths_<script>.png
+    eval_episodes: int = 10  # paths; the first episode is filmed
+    publish: tuple[Path, str] | None = None  # model.pt and the script's name: only add it to the agents
+
+
+def publish(model: Path, agents: Path, script: str):
+    """Everything but the optimisers, which are half of the file and of no use for --eval-only."""
+    state = torch.load(model, map_location="cpu", weights_only=True)
+    for level in ("manager", "worker"):
+        state[level] = {name: part for name, part in state[level].items() if not name.endswith("optimizer")}
+    agents.mkdir(parents=True, exist_ok=True)
+    torch.save(state, agents / f"{script}.pt")
+
+
+def film(agent: Path, args: Args):
+    """One evaluation of the agent: its film as a small gif, its paths as they are."""
+    import imageio.v3 as imageio
+
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--eval-only", "--checkpoint", agent, "--run-dir", folder, "--capture-video"]
+        flags += ["--eval-episodes", str(args.eval_episodes)]
+        subprocess.run([sys.executable, HERE.parent / f"{agent.stem}.py", *flags], check=True)
+        frames = imageio.imread(Path(folder) / "videos" / "eval_goal0.mp4")[:360:4]
+        first, *rest = [Image.fromarray(frame).resize((240, 240)).quantize(48) for frame in frames]
+        options = dict(save_all=True, append_images=rest, duration=80, loop=0, optimize=True)
+        first.save(args.out / f"film_{agent.stem}.gif", **options)
+        picture = (Path(folder) / "pictures" / "eval.png").read_bytes()
+        (args.out / f"paths_{agent.stem}.png").write_bytes(picture)
+
+
+def main(args: Args):
+    if args.publish:
+        publish(args.publish[0], args.agents, args.publish[1])
+        return
+    agents = sorted(args.agents.glob("*.pt"))
+    if not agents:
+        raise SystemExit(f"films.py: error: no agents in {args.agents}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for agent in agents:
+        film(agent, args)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
