@@ -1419,7 +1419,7 @@ class Recorder:
 
     def __init__(self, env, folder: Path, name: str, landmarks=()):
         self.env, self.folder, self.name, self.landmarks = env, folder, name, landmarks
-        self.paths, self.film = [], None
+        self.paths, self.film, self.has_subgoals = [], None, True
 
     def start(self, goal, goal_index: int, film: bool):
         """A new episode."""
@@ -1436,7 +1436,8 @@ class Recorder:
     def add(self, obs, subgoal):
         """What the worker sees [obs_dim] and is asked for [D], before it acts."""
         target = obs[:2] + subgoal[:2]
-        if not self.targets or np.abs(target - self.targets[-1]).max() > 1e-3:  # it stays for a period
+        new = not self.targets or np.abs(target - self.targets[-1]).max() > 1e-3  # it stays for a period
+        if self.has_subgoals and new:
             self.targets.append(target)
         self.positions.append(obs[:2].copy())
         if self.film:
@@ -1463,7 +1464,7 @@ class Recorder:
             x, y = maze.centre(row, column)
             axes.add_patch(Rectangle((x - side / 2, y - side / 2), side, side, color="0.8"))
         for goal, positions, targets in self.paths:
-            axes.plot(*np.transpose(targets), ".", color="tab:orange", markersize=2)
+            axes.plot(*np.reshape(targets, (-1, 2)).T, ".", color="tab:orange", markersize=2)
             axes.plot(*np.transpose(positions), color="tab:blue", linewidth=1)
             axes.plot(*np.reshape(goal[:2], (2, -1)), "*", color="tab:red", markersize=12)
         if len(self.landmarks):
@@ -1686,7 +1687,8 @@ def make_run_dir(args: Args) -> Path:
         if args.resume and path.exists():
             earlier = json.loads(path.read_text())
             config["earlier_commands"] = [*earlier.get("earlier_commands", []), earlier["command"]]
-        path.write_text(json.dumps(config, indent=2) + "\n")
+        path.with_suffix(".tmp").write_text(json.dumps(config, indent=2) + "\n")
+        os.replace(path.with_suffix(".tmp"), path)  # a crash here must not leave half a file for --resume
     except OSError as error:
         fail(f"cannot write to {run_dir}: {error}; choose another --run-dir")
     if args.track:

@@ -125,3 +125,15 @@ def test_a_folder_that_cannot_be_written_is_one_line(watched, tmp_path):
         watched.save()
     assert "cannot write" in str(error.value) and "--run-dir" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_without_subgoals_only_paths_are_drawn(watched):
+    """cher.py --flat: what the manager says are torques, no places."""
+    watched.paths.clear()
+    watched.has_subgoals = False
+    watched.start(np.array([0.0, 8.0]), 0, film=False)
+    for x in range(3):
+        watched.add(np.array([float(x), 0.0]), np.array([30.0, -30.0]))
+    assert not watched.targets and len(watched.markers()) == 1  # the landmark
+    places = [line.get_xydata() for line in watched.draw().axes[0].lines]
+    assert max(np.abs(xy).max() for xy in places if len(xy)) < 10
