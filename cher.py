@@ -111,6 +111,7 @@ class Args:
     # --- Hierarchy (HIRO) ---
     manager_period: int = 10  # c, worker steps per subgoal
     subgoal_space: Literal["full", "xyz", "xy"] = "full"  # which first entries of obs; "xy": as later papers
+    subgoal_limit: tuple[float, ...] = ()  # half-range of subgoals, in metres first; empty: SUBGOAL_SPACES
     mask_xy: bool = False  # hide obs entries 0, 1 (position) from the worker, as HIRO does
     manager_reward_scale: float = 0.1  # factor on the sum of environment rewards of a segment
     relabeling: Literal["off_policy", "fun", "none"] = "none"  # HIRO's correction and its ablation
@@ -284,6 +285,9 @@ def check_args(args: Args):
         fail("--seed must be below 2**32")
     if args.learning_starts < args.manager_period:
         fail("--learning-starts must be at least --manager-period: the manager learns from whole segments")
+    dims = len(SUBGOAL_SPACES[args.subgoal_space])
+    if args.subgoal_limit and (len(args.subgoal_limit) != dims or min(args.subgoal_limit) <= 0):
+        fail(f"--subgoal-limit: --subgoal-space {args.subgoal_space} needs {dims} positive numbers")
     if args.eval_goals and (not spec.goal_dim or len(args.eval_goals) % spec.goal_dim):
         fail(f"--eval-goals: a goal of {args.env} has {spec.goal_dim} numbers")
     try:
@@ -1128,7 +1132,7 @@ def load_run(path: str, parts: dict, env, device) -> tuple[int, SimpleNamespace]
 def make_agents(env, args: Args, device) -> tuple[TD3, TD3]:
     """The two levels, for the sizes of this environment."""
     obs_dim, goal_dim = env.observation_space["observation"].shape[0], env.task.goal_dim
-    half_range = torch.tensor(SUBGOAL_SPACES[args.subgoal_space], device=device)
+    half_range = torch.tensor(args.subgoal_limit or SUBGOAL_SPACES[args.subgoal_space], device=device)
     limit = torch.tensor(args.action_limit or env.action_space.high.tolist(), device=device)
     if args.flat:
         half_range = limit  # the "subgoal" is what the robot does

@@ -230,6 +230,8 @@ def test_unknown_environment_lists_the_known(script, run):
     "flags, word",
     [
         ("--env PointMaze-U --action-limit 1 2 3", "--action-limit"),
+        ("--subgoal-limit 1 2 3", "--subgoal-limit"),
+        ("--subgoal-space xy --subgoal-limit 1 0", "--subgoal-limit"),
         ("--env PointMaze-U --device nonsense", "--device"),
         ("--env PointMaze-U --run-dir {file}/below", "--run-dir"),
     ],
