@@ -37,6 +37,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -59,7 +60,7 @@ SCRIPT = Path(__file__).stem
 FORMAT = 1  # of checkpoints; raised when an older one could not be read any more
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
-RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video")
+RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
 
 # ------------------------------------------------------------------------------------------------ arguments
 
@@ -95,6 +96,7 @@ class Args:
     device: str = "auto"  # "auto": cuda if there is one, else cpu
     threads: int = 0  # CPU threads of torch; 0: all cores (use 1 when several runs share a machine)
     fast_matmul: bool = True  # on a CPU without AMX, oneDNN's float32 kernels for the updates; same precision
+    cudagraph: bool = True  # on CUDA, record the updates' kernels once and launch them as one
     eval_every: Count = 5_000  # environment steps between evaluations
     eval_episodes: int = 10  # noise-free episodes per evaluation goal
     eval_goals: tuple[float, ...] = ()  # evaluation goals, coordinates in a row; empty: the environment's own
@@ -1628,6 +1630,32 @@ def fast_cpu_matmul(args: Args, device):
         yield
 
 
+def cuda_graph(function, args: Args, device):
+    """The same function; on CUDA its kernels are recorded once per set of flags and then launched as one.
+
+    A replay reads and writes the tensors that were recorded: what changes must change in place, and what it
+    returns is overwritten by the next call. The booleans among the inputs tell the recordings apart.
+    """
+    if device.type != "cuda" or not args.cudagraph:
+        return function
+    calls, recorded = Counter(), {}
+
+    def replay(*inputs, **flags):
+        key = tuple(value for value in (*inputs, *flags.values()) if isinstance(value, bool))
+        calls[key] += 1
+        if calls[key] <= 3:  # optimizers and libraries make their own state in the first calls
+            return function(*inputs, **flags)
+        if key not in recorded:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):  # records, does not compute
+                recorded[key] = graph, function(*inputs, **flags)
+        graph, result = recorded[key]
+        graph.replay()
+        return result
+
+    return replay
+
+
 def load_run(path: str, parts: dict, env, device) -> tuple[int, SimpleNamespace]:
     """Fill parts and env from a checkpoint.pt. Returns the first step to take and the state of the loop."""
     state = load_checkpoint(path)
@@ -1752,6 +1780,7 @@ def main(args: Args):
         loop.obs, loop.goal = split_observation(env.reset(seed=args.seed)[0])
         loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, float(args.uniform_warmup))
         segment.start(loop.obs)
+    learn_worker = cuda_graph(update_worker, args, device)  # the manager's planner is steered by the CPU
     stop = []  # signals received
     handlers = {n: signal.signal(n, lambda number, frame: stop.append(number)) for n in STOP_SIGNALS}
     writer = SummaryWriter(str(run_dir), purge_step=first_step)
@@ -1774,7 +1803,7 @@ def main(args: Args):
             repeat = args.worker_critic_updates_with_penalty if penalized else args.worker_critic_updates
             for _ in range(repeat if updates > 0 else 0):
                 due = counts.next(dynamics.trained_at > 0, args)
-                loop.losses |= update_worker(
+                loop.losses |= learn_worker(
                     worker, manager, dynamics, worker_buffer, manager_buffer, args, **due
                 )
             if updates > 0 and updates % period == 0:

@@ -38,6 +38,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -60,7 +61,7 @@ SCRIPT = Path(__file__).stem
 FORMAT = 1  # of checkpoints; raised when an older one could not be read any more
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
-RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video")
+RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
 
 # ------------------------------------------------------------------------------------------------ arguments
 
@@ -96,6 +97,7 @@ class Args:
     device: str = "auto"  # "auto": cuda if there is one, else cpu
     threads: int = 0  # CPU threads of torch; 0: all cores (use 1 when several runs share a machine)
     fast_matmul: bool = True  # on a CPU without AMX, oneDNN's float32 kernels for the updates; same precision
+    cudagraph: bool = True  # on CUDA, record the updates' kernels once and launch them as one
     eval_every: Count = 50_000  # environment steps between evaluations
     eval_episodes: int = 50  # noise-free episodes per evaluation goal
     eval_goals: tuple[float, ...] = ()  # evaluation goals, coordinates in a row; empty: the environment's own
@@ -703,7 +705,8 @@ class CoopWeight:
     def __init__(self, args: Args, device):
         self.fixed, self.delta = args.coop_weight, args.coop_delta
         self.log = torch.tensor(args.coop_log_weight, device=device, requires_grad=True)
-        self.optimizer = torch.optim.Adam([self.log], args.actor_lr)
+        adam = dict(fused=True, capturable=self.log.is_cuda)
+        self.optimizer = torch.optim.Adam([self.log], args.actor_lr, **adam)
 
     def value(self):
         learned = self.log.exp().detach()
@@ -720,6 +723,7 @@ class CoopWeight:
     def load_state_dict(self, state: dict):
         self.log.data.copy_(state["log"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.param_groups[0]["capturable"] = self.log.is_cuda  # the file may be another device's
 
 
 # -------------------------------------------------------------------------------------------------- updates
@@ -798,7 +802,8 @@ def coop_metrics(values: list, args: Args) -> dict:
     """The worker's value, and where between J_HRL (0) and 0 (1) it is and should be (CHER section 5.4)."""
     if not values:
         return {}
-    metrics, reference = {"manager/coop_value": float(np.mean(values))}, args.coop_reference
+    metrics = {"manager/coop_value": float(np.mean([float(value) for value in values]))}
+    reference = args.coop_reference
     if reference is not None:
         metrics["manager/coop_ratio"] = (reference - metrics["manager/coop_value"]) / reference
     if reference is not None and args.coop_delta is not None:
@@ -1111,6 +1116,32 @@ def fast_cpu_matmul(args: Args, device):
         yield
 
 
+def cuda_graph(function, args: Args, device):
+    """The same function; on CUDA its kernels are recorded once per set of flags and then launched as one.
+
+    A replay reads and writes the tensors that were recorded: what changes must change in place, and what it
+    returns is overwritten by the next call. The booleans among the inputs tell the recordings apart.
+    """
+    if device.type != "cuda" or not args.cudagraph:
+        return function
+    calls, recorded = Counter(), {}
+
+    def replay(*inputs, **flags):
+        key = tuple(value for value in (*inputs, *flags.values()) if isinstance(value, bool))
+        calls[key] += 1
+        if calls[key] <= 3:  # optimizers and libraries make their own state in the first calls
+            return function(*inputs, **flags)
+        if key not in recorded:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):  # records, does not compute
+                recorded[key] = graph, function(*inputs, **flags)
+        graph, result = recorded[key]
+        graph.replay()
+        return result
+
+    return replay
+
+
 def load_run(path: str, parts: dict, env, device) -> tuple[int, SimpleNamespace]:
     """Fill parts and env from a checkpoint.pt. Returns the first step to take and the state of the loop."""
     state = load_checkpoint(path)
@@ -1229,6 +1260,9 @@ def main(args: Args):
         loop.obs, loop.goal = split_observation(env.reset(seed=args.seed)[0])
         loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, float(args.uniform_warmup))
         segment.start(loop.obs, loop.subgoal)
+    sample, learn_worker, learn_manager = (
+        cuda_graph(f, args, device) for f in (sample_segments, update_worker, update_manager)
+    )
     stop = []  # signals received
     handlers = {n: signal.signal(n, lambda number, frame: stop.append(number)) for n in STOP_SIGNALS}
     writer = SummaryWriter(str(run_dir), purge_step=first_step)
@@ -1248,16 +1282,16 @@ def main(args: Args):
         updates = step - args.learning_starts
         with fast_cpu_matmul(args, device):
             if updates > 0:
-                batch = sample_segments(buffer, args)
+                batch = sample(buffer, args)
             if updates > 0 and updates % period == 0:
                 with_actor = updates % (period * args.manager_actor_every) == 0
                 due = (with_actor, args.coop_delta is not None and updates > period * args.coop_starts)
-                loop.losses |= update_manager(manager, worker, coop_weight, batch, args, *due)
+                loop.losses |= learn_manager(manager, worker, coop_weight, batch, args, *due)
                 if not args.flat:
-                    loop.coop_values.append(float(loop.losses["manager/coop_value"]))
+                    loop.coop_values.append(loop.losses["manager/coop_value"].clone())
             if updates > 0 and worker_learns:
                 with_actor = updates % args.worker_actor_every == 0
-                loop.losses |= update_worker(worker, batch, args, with_actor)
+                loop.losses |= learn_worker(worker, batch, args, with_actor)
 
         # ---- step the environment
         observation, reward, terminated, truncated, info = env.step(action)

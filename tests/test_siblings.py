@@ -21,7 +21,7 @@ ReplayBuffer.state_dict ReplayBuffer.load_state_dict
 Segment score_candidates
 period_metrics split_observation evaluate writing Recorder
 describe_run append_row to_tensors log_row check_finite save_checkpoint load_checkpoint load_parts freeze_run
-fast_cpu_matmul load_run make_agents make_buffers make_run_dir
+fast_cpu_matmul cuda_graph load_run make_agents make_buffers make_run_dir
 """.split()
 # What a method is about: the same name, another text.
 DIFFERENT = """
