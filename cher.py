@@ -1124,16 +1124,20 @@ def cuda_graph(function, args: Args, device):
     """
     if device.type != "cuda" or not args.cudagraph:
         return function
-    calls, recorded = Counter(), {}
+    calls, recorded, stream = Counter(), {}, torch.cuda.Stream()
 
     def replay(*inputs, **flags):
         key = tuple(value for value in (*inputs, *flags.values()) if isinstance(value, bool))
         calls[key] += 1
         if calls[key] <= 3:  # optimizers and libraries make their own state in the first calls
-            return function(*inputs, **flags)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = function(*inputs, **flags)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
         if key not in recorded:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):  # records, does not compute
+            with torch.cuda.graph(graph, stream=stream):  # records, does not compute
                 recorded[key] = graph, function(*inputs, **flags)
         graph, result = recorded[key]
         graph.replay()
