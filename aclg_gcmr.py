@@ -1638,6 +1638,7 @@ def cuda_graph(function, args: Args, device):
     """
     if device.type != "cuda" or not args.cudagraph:
         return function
+    torch.cuda.set_device(device.index or 0)  # streams and recordings belong to a device
     calls, recorded, stream = Counter(), {}, torch.cuda.Stream()
 
     def replay(*inputs, **flags):
