@@ -256,8 +256,11 @@ PRESETS: dict[str, dict] = {
     "AntFourRooms": {"source": "no settings were published; those of AntMaze-U"},
     "AntGather": {"source": "no settings were published; no goals, so no landmarks", "landmark_weight": 0.0},
     "PointMaze-U": {
-        "source": "released script of PointMaze-v1; early starts, cheap updates, a fast actor: half an hour",
+        "source": "released PointMaze-v1, but little noise, a worker that knows walls, early starts: half an hour",
         "reward": "sparse",
+        "worker_noise": 0.2,
+        "mask_xy": False,
+        "landmark_shift": 1.0,
         "adjacency_factor": 0.7,
         "rollout_planning_weight": 5e-5,
         "adjacency_every": 10_000,
