@@ -256,7 +256,7 @@ PRESETS: dict[str, dict] = {
     "AntFourRooms": {"source": "no settings were published; those of AntMaze-U"},
     "AntGather": {"source": "no settings were published; no goals, so no landmarks", "landmark_weight": 0.0},
     "PointMaze-U": {
-        "source": "released PointMaze-v1, but less noise, a worker that sees walls, early starts: half an hour",
+        "source": "PointMaze-v1 as released, but less noise, a worker that sees walls, early starts",
         "reward": "sparse",
         "worker_noise": 0.2,
         "mask_xy": False,

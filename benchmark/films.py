@@ -42,7 +42,7 @@ def film(agent: Path, args: Args):
         flags = ["--eval-only", "--checkpoint", agent, "--run-dir", folder, "--capture-video"]
         flags += ["--eval-episodes", str(args.eval_episodes)]
         subprocess.run([sys.executable, HERE.parent / f"{agent.stem}.py", *flags], check=True)
-        frames = imageio.imread(Path(folder) / "videos" / "eval_goal0.mp4")[:360:4]
+        frames = imageio.imread(Path(folder) / "videos" / "eval_goal0.mp4")[::5]
         first, *rest = [Image.fromarray(frame).resize((240, 240)).quantize(48) for frame in frames]
         options = dict(save_all=True, append_images=rest, duration=80, loop=0, optimize=True)
         first.save(args.out / f"film_{agent.stem}.gif", **options)
