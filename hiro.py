@@ -152,8 +152,8 @@ class Args:
     reached_radius: float = 1.0  # m, a subgoal counts as reached when its period ends within this of it
 
 
-# Mazes that are not in HIRO's paper, with corridors of 2 to 4 m. Its values freeze the worker there: the manager
-# asks for 13 m into a corner, always the same (benchmark/LOG.md). This was found to make it walk.
+# Mazes that are not in HIRO's paper, with corridors of 2 to 4 m. Its values freeze the worker there, as the
+# manager asks for 13 m into a corner, always the same (benchmark/LOG.md). These were found to make it walk.
 SMALL_MAZE = {
     "source": "not in HIRO's paper: subgoals of 2 m in x and y, worker_gamma as in HIGL, the rest found here",
     "subgoal_space": "xy",
