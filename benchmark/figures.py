@@ -17,7 +17,11 @@ import tyro
 HERE = Path(__file__).resolve().parent
 # picture: runs below benchmark/results, metric
 CURVES = {
-    "curves_point.png": (["hiro/PointMaze-U", "cher/PointMaze-U", "aclg_gcmr/PointMaze-U"], "eval/success"),
+    "curves_point.png": (
+        ["hiro/PointMaze-U/default", "cher/PointMaze-U", "aclg_gcmr/PointMaze-U/default"],
+        "eval/success",
+    ),
+    "curves_ant.png": (["hiro/AntMaze-U", "aclg_gcmr/AntMaze-U"], "eval/success"),
     "curves_ant_worker.png": (["hiro/AntMaze-U", "aclg_gcmr/AntMaze-U"], "worker/progress"),
 }
 
