@@ -363,8 +363,8 @@ def check_args(args: Args):
         fail(f"--device {args.device}: use auto, cpu, cuda or cuda:0")
     if args.capture_video and importlib.util.find_spec("imageio_ffmpeg") is None:
         fail('--capture-video needs a video encoder: pip install "imageio[ffmpeg]"')
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        fail("--device cuda: torch sees no CUDA device here; use --device cpu")
+    if args.device.startswith("cuda") and (torch.device(args.device).index or 0) >= torch.cuda.device_count():
+        fail(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA devices here; use another")
     if args.candidates < 3:
         fail("--candidates must be at least 3: the stored subgoal, the displacement and one draw")
     if spec.goal_dim != len(SUBGOAL_SPACES[args.subgoal_space]) and args.landmark_weight > 0:
@@ -1013,7 +1013,8 @@ def farthest_point_sample(points, count: int):
     for _ in range(min(count, len(points)) - 1):
         spread.append(distance.max())
         chosen.append(distance.argmax())
-        distance = torch.minimum(distance, (points - points[chosen[-1]]).square().mean(-1))
+        farthest = points.index_select(0, chosen[-1][None])  # [1, D], without asking a GPU for the index
+        distance = torch.minimum(distance, (points - farthest).square().mean(-1))
     apart = torch.stack([torch.full_like(distance[0], torch.inf), *spread]) >= 1e-3
     return torch.stack(chosen)[apart]
 
@@ -1643,7 +1644,8 @@ def cuda_graph(function, args: Args, device):
     """
     if device.type != "cuda" or not args.cudagraph:
         return function
-    torch.cuda.set_device(device.index or 0)  # streams and recordings belong to a device
+    if device.index is not None:
+        torch.cuda.set_device(device)  # streams and recordings belong to the current device
     calls, recorded, stream = Counter(), {}, torch.cuda.Stream()
 
     def replay(*inputs, **flags):

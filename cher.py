@@ -298,8 +298,8 @@ def check_args(args: Args):
         fail(f"--device {args.device}: use auto, cpu, cuda or cuda:0")
     if args.capture_video and importlib.util.find_spec("imageio_ffmpeg") is None:
         fail('--capture-video needs a video encoder: pip install "imageio[ffmpeg]"')
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        fail("--device cuda: torch sees no CUDA device here; use --device cpu")
+    if args.device.startswith("cuda") and (torch.device(args.device).index or 0) >= torch.cuda.device_count():
+        fail(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA devices here; use another")
     if args.candidates < 3 and args.relabeling == "off_policy":
         fail("--candidates must be at least 3: the stored subgoal, the displacement and one draw")
     if args.coop_weight < 0:
@@ -1124,7 +1124,8 @@ def cuda_graph(function, args: Args, device):
     """
     if device.type != "cuda" or not args.cudagraph:
         return function
-    torch.cuda.set_device(device.index or 0)  # streams and recordings belong to a device
+    if device.index is not None:
+        torch.cuda.set_device(device)  # streams and recordings belong to the current device
     calls, recorded, stream = Counter(), {}, torch.cuda.Stream()
 
     def replay(*inputs, **flags):
@@ -1265,6 +1266,7 @@ def main(args: Args):
         loop.obs, loop.goal = split_observation(env.reset(seed=args.seed)[0])
         loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, float(args.uniform_warmup))
         segment.start(loop.obs, loop.subgoal)
+    # the updates are recorded on the batch that sample's recording fills, so each needs its own call of it
     sample, learn_worker, learn_manager = (
         cuda_graph(f, args, device) for f in (sample_segments, update_worker, update_manager)
     )

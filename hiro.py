@@ -279,8 +279,8 @@ def check_args(args: Args):
         fail(f"--device {args.device}: use auto, cpu, cuda or cuda:0")
     if args.capture_video and importlib.util.find_spec("imageio_ffmpeg") is None:
         fail('--capture-video needs a video encoder: pip install "imageio[ffmpeg]"')
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        fail("--device cuda: torch sees no CUDA device here; use --device cpu")
+    if args.device.startswith("cuda") and (torch.device(args.device).index or 0) >= torch.cuda.device_count():
+        fail(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA devices here; use another")
     if args.candidates < 3 and args.relabeling == "off_policy":
         fail("--candidates must be at least 3: the stored subgoal, the displacement and one draw")
 
@@ -932,7 +932,8 @@ def cuda_graph(function, args: Args, device):
     """
     if device.type != "cuda" or not args.cudagraph:
         return function
-    torch.cuda.set_device(device.index or 0)  # streams and recordings belong to a device
+    if device.index is not None:
+        torch.cuda.set_device(device)  # streams and recordings belong to the current device
     calls, recorded, stream = Counter(), {}, torch.cuda.Stream()
 
     def replay(*inputs, **flags):
