@@ -15,6 +15,7 @@ import tyro
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
+INSIDE = (82, 86, 398, 402)  # of 480 x 480 pixels, without the outer walls of the 12 m mazes
 
 
 @dataclass
@@ -43,7 +44,12 @@ def film(agent: Path, args: Args):
         flags += ["--eval-episodes", str(args.eval_episodes)]
         subprocess.run([sys.executable, HERE.parent / f"{agent.stem}.py", *flags], check=True)
         frames = imageio.imread(Path(folder) / "videos" / "eval_goal0.mp4")[::5]
-        first, *rest = [Image.fromarray(frame).resize((240, 240)).quantize(48) for frame in frames]
+        frames = [Image.fromarray(frame).crop(INSIDE).resize((240, 240)) for frame in frames]
+        samples = Image.new("RGB", (240 * 8, 240))  # one palette for all, or small things lose their colour
+        for i in range(8):
+            samples.paste(frames[i * len(frames) // 8], (240 * i, 0))
+        palette = samples.quantize(96, method=Image.Quantize.MAXCOVERAGE)
+        first, *rest = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
         options = dict(save_all=True, append_images=rest, duration=80, loop=0, optimize=True)
         first.save(args.out / f"film_{agent.stem}.gif", **options)
         picture = (Path(folder) / "pictures" / "eval.png").read_bytes()
