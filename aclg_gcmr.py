@@ -259,8 +259,6 @@ PRESETS: dict[str, dict] = {
         "source": "PointMaze-v1 as released, but less noise, a worker that sees walls, early starts",
         "reward": "sparse",
         "worker_noise": 0.2,
-        "uniform_warmup": True,
-        "learning_starts": 2_500,
         "mask_xy": False,
         "landmark_shift": 1.0,
         "adjacency_factor": 0.7,
