@@ -21,7 +21,15 @@ CURVES = {
         ["hiro/PointMaze-U/default", "cher/PointMaze-U", "aclg_gcmr/PointMaze-U/default"],
         "eval/success",
     ),
-    "curves_ant.png": (["hiro/AntMaze-U", "aclg_gcmr/AntMaze-U"], "eval/success"),
+    "curves_ant.png": (
+        [
+            "hiro/AntMaze-U/default",
+            "hiro/AntMaze-U/diverse",
+            "aclg_gcmr/AntMaze-U/default",
+            "aclg_gcmr/AntMaze-U/fast",
+        ],
+        "eval/success",
+    ),
     "curves_ant_worker.png": (["hiro/AntMaze-U", "aclg_gcmr/AntMaze-U"], "worker/progress"),
 }
 

@@ -371,7 +371,8 @@ def test_average_rate(speed):
 
 def test_operations_of_hiro(speed):
     """GFLOP per environment step: batch 100, obs of 30 numbers, subgoal 15, action 8, period 10."""
-    parts, _ = speed.measure("hiro", speed.Args(repeats=1, rows=500), ["--worker-buffer", "500"])
+    settings = speed.Args(repeats=1, rows=500, env="AntMaze-ULarge")
+    parts, _ = speed.measure("hiro", settings, ["--worker-buffer", "500"])
     actor, critic, inner = 45 * 300 + 300 * 300 + 300 * 8, 53 * 300 + 300 * 300 + 300, 300 * 300 + 300
     update = actor + 6 * critic + 2 * inner  # targets, forward, gradients by weights, by hidden units
     assert 2 * update == pytest.approx(1.9e6, rel=0.03)
