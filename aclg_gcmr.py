@@ -269,7 +269,7 @@ PRESETS: dict[str, dict] = {
         "planner_rows": 32,
         "worker_critic_updates_with_penalty": 1,
         "actor_lr": 5e-4,
-        "total_steps": 100_000,
+        "total_steps": 150_000,
     },
 }
 
