@@ -352,7 +352,7 @@ def check_args(args: Args):
         fail("--learning-starts must be at least --manager-period: the manager learns from whole segments")
     dims = len(SUBGOAL_SPACES[args.subgoal_space])
     if args.subgoal_limit and (len(args.subgoal_limit) != dims or min(args.subgoal_limit) <= 0):
-        fail(f"--subgoal-limit: --subgoal-space {args.subgoal_space} needs {dims} positive numbers")
+        fail(f"--subgoal-limit: --subgoal-space {args.subgoal_space} needs {dims} positive numbers, or none")
     if args.eval_goals and (not spec.goal_dim or len(args.eval_goals) % spec.goal_dim):
         fail(f"--eval-goals: a goal of {args.env} has {spec.goal_dim} numbers")
     try:
@@ -362,7 +362,7 @@ def check_args(args: Args):
     if args.capture_video and importlib.util.find_spec("imageio_ffmpeg") is None:
         fail('--capture-video needs a video encoder: pip install "imageio[ffmpeg]"')
     if args.device.startswith("cuda") and (torch.device(args.device).index or 0) >= torch.cuda.device_count():
-        fail(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA devices here; use another")
+        fail(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
     if args.candidates < 3:
         fail("--candidates must be at least 3: the stored subgoal, the displacement and one draw")
     if spec.goal_dim != len(SUBGOAL_SPACES[args.subgoal_space]) and args.landmark_weight > 0:

@@ -120,7 +120,7 @@ class Args:
     candidates: int = 10  # K, of which one is the stored subgoal and one the displacement
     candidate_noise: float = 0.5  # std of the drawn candidates around the displacement, times half-range
     random_subgoals: float = 0.0  # share of subgoals drawn uniformly; not in the paper
-    fun_noise: float = 0.1  # the same for --relabeling fun, which draws one and takes it unseen
+    fun_noise: float = 0.1  # std of the only draw of --relabeling fun, times half-range
 
     # --- Cooperation (CHER section 4) ---
     coop_weight: float = 0.005  # lambda, the fixed weight of cooperative_loss; 0: off, which is naive HRL
@@ -289,7 +289,7 @@ def check_args(args: Args):
         fail("--learning-starts must be at least --manager-period: the manager learns from whole segments")
     dims = len(SUBGOAL_SPACES[args.subgoal_space])
     if args.subgoal_limit and (len(args.subgoal_limit) != dims or min(args.subgoal_limit) <= 0):
-        fail(f"--subgoal-limit: --subgoal-space {args.subgoal_space} needs {dims} positive numbers")
+        fail(f"--subgoal-limit: --subgoal-space {args.subgoal_space} needs {dims} positive numbers, or none")
     if args.eval_goals and (not spec.goal_dim or len(args.eval_goals) % spec.goal_dim):
         fail(f"--eval-goals: a goal of {args.env} has {spec.goal_dim} numbers")
     try:
@@ -299,7 +299,7 @@ def check_args(args: Args):
     if args.capture_video and importlib.util.find_spec("imageio_ffmpeg") is None:
         fail('--capture-video needs a video encoder: pip install "imageio[ffmpeg]"')
     if args.device.startswith("cuda") and (torch.device(args.device).index or 0) >= torch.cuda.device_count():
-        fail(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA devices here; use another")
+        fail(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
     if args.candidates < 3 and args.relabeling == "off_policy":
         fail("--candidates must be at least 3: the stored subgoal, the displacement and one draw")
     if args.coop_weight < 0:
@@ -1080,6 +1080,8 @@ def load_worker(worker: TD3, env, args: Args):
     for name in ("flat", "subgoal_space", "mask_xy", "scale_worker_inputs", "hidden"):
         if state["args"][name] != getattr(args, name):
             fail(f"{path} was trained with {name} {state['args'][name]}, this run has {getattr(args, name)}")
+    if args.scale_worker_inputs and state["args"].get("subgoal_limit", ()) != args.subgoal_limit:
+        fail(f"{path} scales its inputs by another subgoal_limit than {args.subgoal_limit}")
     if SPECS[state["args"]["env"]].kind == "gather" and env.task.kind != "gather":
         if env.task.kind != "ant" or env.task.observe_block:
             fail(f"{path} has a worker of AntGather: obs of {args.env} has other entries")

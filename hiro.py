@@ -117,7 +117,7 @@ class Args:
     candidate_noise: float = 0.5  # std of the drawn candidates around the displacement, times half-range
     random_subgoals: float = 0.0  # share of subgoals drawn uniformly; not in the paper
     worker_looks_ahead: bool = True  # at a period's end it values the manager's next subgoal, as released
-    fun_noise: float = 0.1  # the same for --relabeling fun, which draws one and takes it unseen
+    fun_noise: float = 0.1  # std of the only draw of --relabeling fun, times half-range
 
     # --- TD3, both levels ---
     hidden: int = 300  # units in each of the two hidden layers
@@ -153,7 +153,8 @@ class Args:
 
 
 # Mazes that are not in HIRO's paper, with corridors of 2 to 4 m. Its values freeze the worker there, as the
-# manager asks for 13 m into a corner, always the same (benchmark/LOG.md). These were found to make it walk.
+# manager asks for 13 m into a corner, always the same. With these it walks on AntMaze-U (one seed, benchmark/
+# LOG.md: which of them is needed was not taken apart); the other mazes have not been run. Length as in HIGL.
 SMALL_MAZE = {
     "source": "not in HIRO's paper: subgoals of 2 m in x and y, worker_gamma as in HIGL, the rest found here",
     "subgoal_space": "xy",
@@ -270,7 +271,7 @@ def check_args(args: Args):
         fail("--learning-starts must be at least --manager-period: the manager learns from whole segments")
     dims = len(SUBGOAL_SPACES[args.subgoal_space])
     if args.subgoal_limit and (len(args.subgoal_limit) != dims or min(args.subgoal_limit) <= 0):
-        fail(f"--subgoal-limit: --subgoal-space {args.subgoal_space} needs {dims} positive numbers")
+        fail(f"--subgoal-limit: --subgoal-space {args.subgoal_space} needs {dims} positive numbers, or none")
     if args.eval_goals and (not spec.goal_dim or len(args.eval_goals) % spec.goal_dim):
         fail(f"--eval-goals: a goal of {args.env} has {spec.goal_dim} numbers")
     try:
@@ -280,7 +281,7 @@ def check_args(args: Args):
     if args.capture_video and importlib.util.find_spec("imageio_ffmpeg") is None:
         fail('--capture-video needs a video encoder: pip install "imageio[ffmpeg]"')
     if args.device.startswith("cuda") and (torch.device(args.device).index or 0) >= torch.cuda.device_count():
-        fail(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA devices here; use another")
+        fail(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
     if args.candidates < 3 and args.relabeling == "off_policy":
         fail("--candidates must be at least 3: the stored subgoal, the displacement and one draw")
 

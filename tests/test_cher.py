@@ -899,6 +899,11 @@ def test_transfer_within_a_task(tmp_path):
         (dict(hidden=8), dict(), "hidden"),
         (dict(flat=True), dict(), "flat"),
         (dict(mask_xy=True), dict(), "mask_xy"),
+        (
+            dict(subgoal_space="xy", scale_worker_inputs=True),
+            dict(subgoal_space="xy", scale_worker_inputs=True, subgoal_limit=(2.0, 2.0)),
+            "subgoal_limit",
+        ),
         (dict(env="AntMaze-U"), dict(env="AntMaze-Bottleneck"), "does not fit"),  # no time there
         (dict(env="AntMaze-U"), dict(env="AntGather"), "does not fit"),
         (dict(env="AntPush-Small", subgoal_space="xy"), dict(subgoal_space="xy"), "does not fit"),
