@@ -310,9 +310,10 @@ def check_args(args: Args):
         fail("--coop-weight 0 switches cooperation off, --coop-delta learns its weight: choose one of them")
     if args.freeze_worker and args.worker_checkpoint is None:
         fail("--freeze-worker needs --worker-checkpoint PATH, or the worker would never learn")
-    two_levels = (args.coop_delta, args.hindsight or None, args.worker_checkpoint)
-    if args.flat and (args.relabeling != "none" or two_levels != (None,) * 3):
-        fail("--flat has one level: not with --coop-delta, --hindsight, --relabeling, --worker-checkpoint")
+    two_levels = (args.coop_delta, args.hindsight or None, args.worker_checkpoint, args.subgoal_limit or None)
+    if args.flat and (args.relabeling != "none" or two_levels != (None,) * 4):
+        flags = "--coop-delta, --hindsight, --relabeling, --subgoal-limit, --worker-checkpoint"
+        fail(f"--flat has one level: not with {flags}")
 
 
 # ------------------------------------------------------------------------------------------------- subgoals

@@ -1016,6 +1016,7 @@ def equal(a, b):
         ("--flat --coop-delta -5", "--flat"),
         ("--flat --relabeling off_policy", "--flat"),
         ("--flat --worker-checkpoint model.pt", "--flat"),
+        ("--flat --subgoal-space xy --subgoal-limit 2 2", "--flat"),
     ],
 )
 def test_bad_flags(flags, word):
