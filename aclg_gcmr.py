@@ -61,6 +61,7 @@ FORMAT = 1  # of checkpoints; raised when an older one could not be read any mor
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
 RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
+EVAL_MAY_CHANGE = (*RESUME_MAY_CHANGE, "checkpoint", "eval_only", "env", "reward", "seed", "reached_radius")
 
 # ------------------------------------------------------------------------------------------------ arguments
 
@@ -300,12 +301,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
         fail("--eval-only needs --checkpoint PATH")
     if first.checkpoint is not None and not first.eval_only:
         fail("--checkpoint is for --eval-only; to continue a run use --resume PATH")
+    if first.checkpoint is not None and first.resume is not None:
+        fail("--resume trains, --eval-only does not: choose one of them")
     saved = first.resume or first.checkpoint
     if saved is not None:
         settings = load_checkpoint(saved)["args"] | {"resume": None, "checkpoint": None, "run_dir": None}
         source = f"read from {saved}"
-        if first.env is not None and first.eval_only:
-            settings["env"] = first.env
+        if first.eval_only and first.env not in (None, settings["env"]):
+            settings |= {"env": first.env, "eval_goals": PRESETS.get(first.env, {}).get("eval_goals", ())}
     else:
         env = first.env or Args.env
         preset = PRESETS.get(env, {})
@@ -317,11 +320,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
         default=dataclasses.replace(Args(), **settings),
         description=f"{__doc__.splitlines()[0]} Settings of {settings['env']}: {source}.",
     )
-    changed = [
-        name for name in settings if name not in RESUME_MAY_CHANGE and getattr(args, name) != settings[name]
-    ]
+    fixed = set(settings) - set(EVAL_MAY_CHANGE if first.eval_only else RESUME_MAY_CHANGE)
+    changed = ", ".join(sorted(name for name in fixed if getattr(args, name) != settings[name]))
     if first.resume is not None and changed:
-        fail(f"--resume continues the run as it was set; not with another {', '.join(changed)}")
+        fail(f"--resume continues the run as it was set; not with another {changed}")
+    if first.eval_only and changed:
+        fail(f"--eval-only shows the agent as it was trained; not with another {changed}")
     check_args(args)
     return args
 

@@ -62,6 +62,7 @@ FORMAT = 1  # of checkpoints; raised when an older one could not be read any mor
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
 RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
+EVAL_MAY_CHANGE = (*RESUME_MAY_CHANGE, "checkpoint", "eval_only", "env", "reward", "seed", "reached_radius")
 
 # ------------------------------------------------------------------------------------------------ arguments
 
@@ -123,7 +124,7 @@ class Args:
     fun_noise: float = 0.1  # std of the only draw of --relabeling fun, times half-range
 
     # --- Cooperation (CHER section 4) ---
-    coop_weight: float = 0.005  # lambda, the fixed weight of cooperative_loss; 0: off, which is naive HRL
+    coop_weight: float = 0.005  # lambda, the weight of cooperative_loss without --coop-delta; 0: naive HRL
     coop_form: Literal["released", "theorem"] = "released"  # of cooperative_loss: released code or Theorem 1
     coop_delta: float | None = None  # learns lambda: the value of the worker to aim at, which HRL prints
     coop_log_weight: float = -4.2  # log of a learned lambda at the start; its Adam has the actors' rate
@@ -133,7 +134,7 @@ class Args:
     # --- Baselines and transfer (CHER section 5) ---
     hindsight: bool = False  # HAC: store segments with their end as their subgoal ...
     subgoal_testing_rate: float = 0.3  # ... and with this probability also as they were
-    flat: bool = False  # one TD3 in the manager's place acts at each step (sets manager_period 1); no worker
+    flat: bool = False  # one TD3 in the manager's place acts; no worker. Sets manager_period 1, coop_weight 0
     worker_checkpoint: str | None = None  # model.pt or checkpoint.pt whose worker to start from
     freeze_worker: bool = False  # it neither learns nor explores
 
@@ -242,12 +243,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
         fail("--eval-only needs --checkpoint PATH")
     if first.checkpoint is not None and not first.eval_only:
         fail("--checkpoint is for --eval-only; to continue a run use --resume PATH")
+    if first.checkpoint is not None and first.resume is not None:
+        fail("--resume trains, --eval-only does not: choose one of them")
     saved = first.resume or first.checkpoint
     if saved is not None:
         settings = load_checkpoint(saved)["args"] | {"resume": None, "checkpoint": None, "run_dir": None}
         source = f"read from {saved}"
-        if first.env is not None and first.eval_only:
-            settings["env"] = first.env
+        if first.eval_only and first.env not in (None, settings["env"]):
+            settings |= {"env": first.env, "eval_goals": PRESETS.get(first.env, {}).get("eval_goals", ())}
     else:
         env = first.env or Args.env
         preset = PRESETS.get(env, {})
@@ -259,11 +262,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
         default=dataclasses.replace(Args(), **settings),
         description=f"{__doc__.splitlines()[0]} Settings of {settings['env']}: {source}.",
     )
-    changed = [
-        name for name in settings if name not in RESUME_MAY_CHANGE and getattr(args, name) != settings[name]
-    ]
+    fixed = set(settings) - set(EVAL_MAY_CHANGE if first.eval_only else RESUME_MAY_CHANGE)
+    changed = ", ".join(sorted(name for name in fixed if getattr(args, name) != settings[name]))
     if first.resume is not None and changed:
-        fail(f"--resume continues the run as it was set; not with another {', '.join(changed)}")
+        fail(f"--resume continues the run as it was set; not with another {changed}")
+    if first.eval_only and changed:
+        fail(f"--eval-only shows the agent as it was trained; not with another {changed}")
     check_args(args)
     return args
 
@@ -304,16 +308,22 @@ def check_args(args: Args):
         fail("--candidates must be at least 3: the stored subgoal, the displacement and one draw")
     if args.coop_weight < 0:
         fail("--coop-weight must not be below 0: the manager would look for what the worker cannot do")
-    if args.coop_delta is not None and args.coop_delta >= 0:
-        fail("--coop-delta must be below 0, as the worker's rewards are")
-    if args.coop_delta is not None and args.coop_weight == 0 and not args.flat:
+    for name in ("coop_delta", "coop_reference"):
+        if getattr(args, name) is not None and getattr(args, name) >= 0:
+            fail(f"--{name.replace('_', '-')} must be below 0, as the worker's rewards are")
+    if not 0 <= args.subgoal_testing_rate <= 1:
+        fail("--subgoal-testing-rate is a probability: from 0 to 1")
+    if args.worker_buffer < args.manager_period:
+        fail("--worker-buffer must hold at least one segment of --manager-period steps")
+    two_levels = "coop_delta coop_reference freeze_worker hindsight mask_xy relabeling scale_worker_inputs"
+    two_levels += " subgoal_limit worker_checkpoint"
+    given = [name for name in two_levels.split() if getattr(args, name) != getattr(Args, name)]
+    if args.flat and given:
+        fail(f"--flat has one level: not with --{given[0].replace('_', '-')}")
+    if args.coop_delta is not None and args.coop_weight == 0:
         fail("--coop-weight 0 switches cooperation off, --coop-delta learns its weight: choose one of them")
     if args.freeze_worker and args.worker_checkpoint is None:
         fail("--freeze-worker needs --worker-checkpoint PATH, or the worker would never learn")
-    two_levels = (args.coop_delta, args.hindsight or None, args.worker_checkpoint, args.subgoal_limit or None)
-    if args.flat and (args.relabeling != "none" or two_levels != (None,) * 4):
-        flags = "--coop-delta, --hindsight, --relabeling, --subgoal-limit, --worker-checkpoint"
-        fail(f"--flat has one level: not with {flags}")
 
 
 # ------------------------------------------------------------------------------------------------- subgoals
@@ -601,7 +611,7 @@ def sample_segments(buffer: ReplayBuffer, args: Args) -> SimpleNamespace:
     """Segments for both levels, and of each one random step for the worker, [B]."""
     batch = buffer.sample(args.batch_size)
     batch.subgoal = batch.subgoal_seq[:, 0]
-    # easy to overlook: any of its own n steps; the released code of after October 2020 never draws the last
+    # easy to overlook: any of its own n steps; the released code from October 2020 on never draws the last
     batch.step = (torch.rand_like(batch.length) * batch.length).long()
     return batch
 
@@ -683,7 +693,8 @@ def hindsight_sequences(sequences: dict, dims: int) -> dict:
 def cooperative_loss(worker: TD3, batch, subgoal, args: Args):
     """Minus what the worker would make of these subgoals at the sampled steps (CHER eq. 5). [B, D] -> []
 
-    Its gradient goes to `subgoal`, the manager's output; the worker's networks are not stepped with it.
+    Its gradient goes to `subgoal`, the manager's output; the worker's networks are not stepped with it. The
+    default is the form of the released code.
     """
     rows, dims = worker_rows(batch), subgoal.shape[-1]
     achieved, next_achieved = rows.obs[:, :dims], rows.next_obs[:, :dims]
@@ -1078,7 +1089,7 @@ def load_worker(worker: TD3, env, args: Args):
     path = args.worker_checkpoint
     state = load_checkpoint(path)
     nets, saved = ("actor", "target_actor", "critic", "target_critic"), state["worker"]
-    for name in ("flat", "subgoal_space", "mask_xy", "scale_worker_inputs", "hidden"):
+    for name in ("flat", "subgoal_space", "mask_xy", "scale_worker_inputs", "hidden", "action_limit"):
         if state["args"][name] != getattr(args, name):
             fail(f"{path} was trained with {name} {state['args'][name]}, this run has {getattr(args, name)}")
     if args.scale_worker_inputs and state["args"].get("subgoal_limit", ()) != args.subgoal_limit:

@@ -150,24 +150,30 @@ class Recorder(SimpleNamespace):
 
 
 @pytest.mark.parametrize(
-    "coop_weight, loss, gradient",
-    [(0.005, 0.5100625, [(0.5025, 0.00375), (-1.0075, -0.505)]), (0.0, 0.5, [(0.5, 0), (-1, -0.5)])],
+    "coop_weight, coop_delta, loss, gradient",
+    [
+        (0.005, None, 0.5100625, [(0.5025, 0.00375), (-1.0075, -0.505)]),
+        (0.0, None, 0.5, [(0.5, 0), (-1, -0.5)]),
+        # learned: exp(-4.2) = 0.01499558, and lambda's own step comes too late for this loss
+        (0.005, -450.0, 0.53017860, [(0.50749779, 0.01124668), (-1.02249337, -0.51499558)]),
+    ],
 )
-def test_loss_of_the_manager(coop_weight, loss, gradient):
+def test_loss_of_the_manager(coop_weight, coop_delta, loss, gradient):
     """Q_m(g) = sum(g) - 1/2 |g|^2, and the weighted cooperative term."""
     batch, subgoal = example()
     batch.subgoal = subgoal.detach()
     batch.goal, batch.reward, batch.terminated = torch.zeros(2, 0), torch.zeros(2), torch.zeros(2)
     critic = SimpleNamespace(q1=lambda obs, goal, g: g.sum(-1) - 0.5 * g.square().sum(-1))
     manager = Recorder(actor=lambda obs, goal: subgoal, critic=critic)
-    args = cher.Args(coop_weight=coop_weight)
-    weight = cher.CoopWeight(args, CPU)
-    losses = cher.update_manager(manager, example_worker(), weight, batch, args, True, False)
+    args = cher.Args(coop_weight=coop_weight, coop_delta=coop_delta)
+    weight, learned = cher.CoopWeight(args, CPU), coop_delta is not None
+    losses = cher.update_manager(manager, example_worker(), weight, batch, args, True, learned)
+    assert (weight.log.item() != pytest.approx(-4.2, abs=1e-5)) == learned
     assert manager.loss.item() == pytest.approx(loss)
     result = torch.autograd.grad(manager.loss, subgoal)[0]
     assert torch.allclose(result, tensor(*gradient, dtype=torch.float64))
     assert losses["manager/coop_value"].item() == pytest.approx(-2.0125)  # also without the term
-    assert losses["manager/coop_weight"].item() == pytest.approx(coop_weight)
+    assert losses["manager/coop_weight"].item() == pytest.approx(0.01499558 if learned else coop_weight)
     assert not any(value.requires_grad for value in losses.values())
 
 
@@ -278,6 +284,14 @@ def test_weight_0_ignores_the_term_in_a_run(toy_run, monkeypatch):
     assert not same(runs[0.5, 1][0], runs[0.5, -50][0]) and not same(runs[0.0, 1][0], runs[0.5, 1][0])
     generators = [generator for _, generator in runs.values()]
     assert all(torch.equal(generator, generators[0]) for generator in generators)  # as many numbers drawn
+
+
+def test_evaluation_changes_nothing(toy_run, monkeypatch):
+    """Networks, and with them what was stored and drawn, are those of a run that evaluates once."""
+    (often, drawn), (once, drawn_once) = (
+        toy_training(toy_run, monkeypatch, eval_every=every, eval_episodes=2) for every in (15, 10**9)
+    )
+    assert same(often, once) and torch.equal(drawn, drawn_once)
 
 
 def test_random_numbers_do_not_depend_on_cooperation(toy_run, monkeypatch):
@@ -900,6 +914,11 @@ def test_transfer_within_a_task(tmp_path):
         (dict(flat=True), dict(), "flat"),
         (dict(mask_xy=True), dict(), "mask_xy"),
         (
+            dict(env="PointMaze-U", subgoal_space="xy", action_limit=(1.0, 0.25)),
+            dict(env="PointMaze-U", subgoal_space="xy"),
+            "action_limit",
+        ),
+        (
             dict(subgoal_space="xy", scale_worker_inputs=True),
             dict(subgoal_space="xy", scale_worker_inputs=True, subgoal_limit=(2.0, 2.0)),
             "subgoal_limit",
@@ -953,7 +972,7 @@ def test_frozen_worker(tmp_path, monkeypatch):
     assert manager.critic_optimizer.state_dict()["state"][0]["step"] == 2  # at 70 and 80
     assert not worker.critic_optimizer.state_dict()["state"]
     row = read_rows(tmp_path / "run")[-1]
-    assert "worker/q" not in row and float(row["manager/coop_value"]) < 0
+    assert "worker/q" not in row and math.isfinite(float(row["manager/coop_value"]))
 
     (tmp_path / "old.pt").unlink()  # the checkpoint has all that is needed
     before = params(worker)
@@ -1017,6 +1036,15 @@ def equal(a, b):
         ("--flat --relabeling off_policy", "--flat"),
         ("--flat --worker-checkpoint model.pt", "--flat"),
         ("--flat --subgoal-space xy --subgoal-limit 2 2", "--flat"),
+        ("--flat --freeze-worker", "--flat"),
+        ("--flat --mask-xy", "--flat"),
+        ("--flat --scale-worker-inputs", "--flat"),
+        ("--flat --coop-reference -5", "--flat"),
+        ("--coop-reference 600", "--coop-reference"),
+        ("--coop-reference 0", "--coop-reference"),
+        ("--worker-buffer 5", "--worker-buffer"),
+        ("--subgoal-testing-rate 2", "--subgoal-testing-rate"),
+        ("--subgoal-testing-rate -1", "--subgoal-testing-rate"),
     ],
 )
 def test_bad_flags(flags, word):

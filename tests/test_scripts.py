@@ -276,11 +276,33 @@ class Trap:
         return os.mkdir, (str(self.path),)
 
 
-def test_checkpoint_of_another_environment(script, run, model_of):
+def test_checkpoint_of_another_environment(script, run, model_of, tmp_path):
     flags = ["--eval-only", "--checkpoint", model_of(script), "--env", "AntMaze-U"]
     one_line_on_stderr(run(script, *flags, ok=False), script)
-    text = one_line_on_stderr(run(script, *flags, "--action-limit", *[30] * 8, ok=False), script)
-    assert "does not fit" in text
+    state = torch.load(model_of(script), weights_only=True)
+    torch.save(state | {"args": state["args"] | {"action_limit": ()}}, tmp_path / "model.pt")
+    flags[2] = tmp_path / "model.pt"
+    assert "does not fit" in one_line_on_stderr(run(script, *flags, ok=False), script)
+
+
+def test_evaluation_keeps_the_agent(script, module, capsys, model_of, tmp_path):
+    """What would make it another agent is refused; another environment brings its own goals."""
+    flags = ["--eval-only", "--checkpoint", model_of(script)]
+    args, _ = parse(module, capsys, *flags, "--eval-episodes", 3, "--seed", 7, "--reached-radius", 2)
+    assert (args.eval_episodes, args.seed, args.reached_radius) == (3, 7, 2.0)
+    for more in (["--manager-period", 5], ["--hidden", 8], ["--scale-worker-inputs"]):
+        code, text = parse(module, capsys, *flags, *more)
+        name = more[0].lstrip("-").replace("-", "_")
+        assert code == 1 and "as it was trained" in text and name in text and "\n" not in text
+    code, text = parse(module, capsys, *flags, "--resume", model_of(script))
+    assert code == 1 and "choose one" in text
+    state = torch.load(model_of(script), weights_only=True)
+    settings = state["args"] | {"env": "AntMaze-ULarge", "eval_goals": (16.0, 0.0), "action_limit": ()}
+    torch.save(state | {"args": settings}, tmp_path / "model.pt")
+    flags[2] = tmp_path / "model.pt"
+    for env, goals in (("AntMaze-ULarge", (16.0, 0.0)), ("AntMaze-U", ())):
+        args, _ = parse(module, capsys, *flags, "--env", env)
+        assert args.env == env and args.eval_goals == goals
 
 
 # ---------------------------------------------------------------------------------------- when it goes wrong

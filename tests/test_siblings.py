@@ -13,23 +13,27 @@ from conftest import ROOT, SCRIPTS
 
 # Defined in more than one script with the same text; Class.method where the rest of the class differs.
 SHARED = """
-SCRIPT FORMAT STOP_SIGNALS RESUME_MAY_CHANGE whole_number Count fail parse_args
+SCRIPT FORMAT STOP_SIGNALS RESUME_MAY_CHANGE EVAL_MAY_CHANGE whole_number Count fail parse_args
 subgoal_transition intrinsic_reward
 EnsembleLinear init_output_ Actor Critic in_blocks adam_step TD3 explore
 ReplayBuffer.__init__ ReplayBuffer.__len__ ReplayBuffer.add ReplayBuffer.sample ReplayBuffer.unpack
 ReplayBuffer.state_dict ReplayBuffer.load_state_dict
 Segment score_candidates
+make_candidates relabel_subgoals
 period_metrics split_observation evaluate writing Recorder
 describe_run append_row to_tensors log_row check_finite save_checkpoint load_checkpoint load_parts freeze_run
 fast_cpu_matmul cuda_graph load_run make_agents make_buffers make_run_dir
 """.split()
 # What a method is about: the same name, another text.
 DIFFERENT = """
-Args PRESETS FULL SUBGOAL_SPACES check_args ReplayBuffer make_candidates relabel_subgoals update_worker
-update_manager main
+Args PRESETS FULL SUBGOAL_SPACES check_args ReplayBuffer update_worker update_manager main
 """.split()
-# Shared by the others: segments of cher.py hold the worker's subgoals and rewards, as it has one replay.
-OWN = {"cher": {"Segment", "make_agents", "make_buffers"}}
+# Shared by the others: segments of cher.py hold the worker's subgoals and rewards, as it has one replay;
+# aclg_gcmr.py has HIGL's order of candidates and relabels by its model.
+OWN = {
+    "cher": {"Segment", "make_agents", "make_buffers"},
+    "aclg_gcmr": {"make_candidates", "relabel_subgoals"},
+}
 ALLOWED = {*sys.stdlib_module_names, "numpy", "torch", "tyro", "tqdm", "matplotlib", "mujoco", "common_envs"}
 OPTIONAL = {"wandb", "imageio"}  # imported where they are asked for
 
