@@ -1853,15 +1853,21 @@ def main(args: Args):
         if issued and args.worker_looks_ahead:
             next_subgoal = loop.first_subgoal
 
+        # easy to overlook: who dies counts as resting there for ever: dying would pay if death ended the
+        # negative rewards, and a bootstrap from states after which nothing is ever seen grows without bound
+        worker_reward = intrinsic_reward(achieved, subgoal, next_achieved)
+        if info["dead"]:
+            worker_reward /= 1 - args.worker_gamma
+
         # ---- store; easy to overlook: the subgoal that the worker acted on, together with its successor
         worker_buffer.add(
             obs=obs,
             subgoal=subgoal,
             action=action,
-            reward=args.worker_reward_scale * intrinsic_reward(achieved, subgoal, next_achieved),
+            reward=args.worker_reward_scale * worker_reward,
             next_obs=next_obs,
             next_subgoal=next_subgoal,
-            terminated=episode_over and args.time_limit_is_terminal,  # not death: dying must not pay
+            terminated=info["dead"] or (episode_over and args.time_limit_is_terminal),
         )
         loop.episode_steps += 1
         loop.obs, loop.subgoal = next_obs, loop.first_subgoal if issued else next_subgoal

@@ -626,7 +626,7 @@ def worker_rows(batch) -> SimpleNamespace:
         reward=batch.worker_reward_seq[rows, step],
         next_obs=batch.obs_seq[rows, step + 1],
         next_subgoal=batch.subgoal_seq[rows, step + 1],  # of this period, also at its end
-        terminated=torch.zeros_like(batch.length),  # its rewards are negative: death must not end them
+        terminated=batch.dead * (step == batch.length - 1),
     )
 
 
@@ -1214,7 +1214,7 @@ def make_buffers(env, args: Args, manager: TD3, worker: TD3, device) -> tuple:
     dims, action_dim, period = len(manager.limit), len(worker.limit), args.manager_period
     shapes = dict(obs_seq=(period + 1, obs_dim), subgoal_seq=(period + 1, dims), length=())
     shapes |= dict(action_seq=(period, action_dim), worker_reward_seq=(period,))
-    shapes |= dict(goal=(goal_dim,), reward=(), terminated=())
+    shapes |= dict(goal=(goal_dim,), reward=(), terminated=(), dead=())
     buffer = ReplayBuffer(args.worker_buffer // period, device, **shapes)
     return buffer, Segment(period, obs_dim, dims, action_dim)
 
@@ -1320,12 +1320,17 @@ def main(args: Args):
         achieved, next_achieved, episode_over = obs[:dims], next_obs[:dims], terminated or truncated
         next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
         # easy to overlook: the subgoal that the worker acted on, and its successor in the same period
+        # and who dies counts as resting there for ever: dying would pay if death ended the
+        # negative rewards, and a bootstrap from states after which nothing is ever seen grows without bound
         worker_reward = intrinsic_reward(achieved, subgoal, next_achieved)
+        if info["dead"]:
+            worker_reward /= 1 - args.worker_gamma
         segment.add(action, reward, worker_reward, next_obs, next_subgoal)
 
         # ---- close the segment
         if segment.length == period or episode_over:
-            rest = dict(goal=goal, reward=args.manager_reward_scale * segment.reward, terminated=terminated)
+            rest = dict(goal=goal, reward=args.manager_reward_scale * segment.reward)
+            rest |= dict(terminated=terminated, dead=info["dead"])
             if args.hindsight:
                 buffer.add(**hindsight_sequences(segment.sequences(), dims), **rest)
             if not args.hindsight or torch.rand(()) < args.subgoal_testing_rate:

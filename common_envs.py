@@ -388,7 +388,7 @@ class AntEnv(gym.Env):
     def _info(self, success):
         _, _, z, w, i, j, k = self.data.qpos[:7].tolist()
         upside_down = w * w + k * k < i * i + j * j  # the body's z axis points down
-        return {"is_success": success, "torso_height": z, "upside_down": upside_down}
+        return {"is_success": success, "torso_height": z, "upside_down": upside_down, "dead": False}
 
     def _task_markers(self):
         z = self.goal[2] if self.task.reward_dims == 3 else self.task.cell / 2  # as high as the walls
@@ -524,7 +524,7 @@ class PointEnv(AntEnv):
         mujoco.mj_step(self.model, self.data, self.substeps)
 
     def _info(self, success):
-        return {"is_success": success, "torso_height": 0.5, "upside_down": False}
+        return {"is_success": success, "torso_height": 0.5, "upside_down": False, "dead": False}
 
 
 class GatherEnv(AntEnv):
@@ -583,7 +583,7 @@ class GatherEnv(AntEnv):
 
     def _outcome(self, observation):
         terminated = self.dead or len(self.objects) == 0
-        return self.pickup, terminated, {**self._info(False), "pickup": self.pickup}
+        return self.pickup, terminated, {**self._info(False), "dead": self.dead, "pickup": self.pickup}
 
     def compute_reward(self, achieved, desired, info=None):
         """The reward depends on what was taken, so `info` (or a sequence of them) has to tell."""

@@ -121,7 +121,7 @@ def fill(buffer, steps: int, period: int):
     rows = min(steps // period if "obs_seq" in buffer.shapes else steps, len(buffer.rows))
     buffer.rows[:rows].normal_()
     columns = dict(zip(buffer.shapes, np.cumsum([0, *buffer.sizes]).tolist()))
-    for name, value in (("length", period), ("terminated", 0)):
+    for name, value in (("length", period), ("terminated", 0), ("dead", 0)):
         if name in columns:
             buffer.rows[:rows, columns[name]] = value
     buffer.added = rows

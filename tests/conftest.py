@@ -170,11 +170,12 @@ def as_before():
 class ToyEnv:
     """A point on a plane: x, y move by the action times `speed`; obs = x, y, steps, last action.
 
-    An episode is cut at `limit` steps, or ends for good at `death`. Reward at step n of the episode: -n.
+    An episode is cut at `limit` steps, or ends at step `death`, by a death if it `dies`. Reward at step n of
+    the episode: -n.
     """
 
-    def __init__(self, limit=23, death=None, speed=1.0, goal=(3.0, 4.0)):
-        self.limit, self.death, self.speed = limit, death, speed
+    def __init__(self, limit=23, death=None, speed=1.0, goal=(3.0, 4.0), dies=True):
+        self.limit, self.death, self.speed, self.dies = limit, death, speed, dies
         space = gym.spaces.Box(-np.inf, np.inf, (5,), np.float64)
         self.observation_space = gym.spaces.Dict(observation=space)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
@@ -199,6 +200,7 @@ class ToyEnv:
         self.steps += 1
         self.log.append((before, action, self.observe()["observation"]))
         info = {"is_success": self.is_success(), "torso_height": 0.5, "upside_down": False}
+        info["dead"] = self.dies and self.steps == self.death
         return self.observe(), -float(self.steps), self.steps == self.death, self.steps >= self.limit, info
 
     def is_success(self):

@@ -43,6 +43,7 @@ def random_batch(rows=32, period=10, dims=2, obs_dim=5, dtype=torch.float32):
         goal=torch.randn(rows, 2, dtype=dtype),
         reward=torch.randn(rows, dtype=dtype),
         terminated=(torch.rand(rows, dtype=dtype) < 0.2).to(dtype),
+        dead=(torch.rand(rows, dtype=dtype) < 0.2).to(dtype),
         length=(torch.arange(rows) % period + 1).to(dtype),
     )
     batch.subgoal, batch.step = batch.subgoal_seq[:, 0], (torch.rand(rows) * batch.length).long()
@@ -73,6 +74,7 @@ def example(dtype=torch.float64):
         action_seq=tensor(*action_seq, dtype=dtype),
         subgoal_seq=torch.full((2, 4, 2), torch.nan, dtype=dtype),  # old subgoals play no part
         worker_reward_seq=torch.full((2, 3), torch.nan, dtype=dtype),  # nor do the rewards for them
+        dead=tensor(1, 0, dtype=dtype),  # nor does a death
         length=tensor(3, 3, dtype=dtype),
         step=torch.tensor([1, 0]),
     )
@@ -472,7 +474,7 @@ def test_last_step_can_be_drawn_but_not_one_beyond(monkeypatch):
 def test_rows_of_the_worker():
     batch = random_batch()
     rows = cher.worker_rows(batch)
-    assert not rows.terminated.any() and rows.terminated.shape == (32,)
+    assert rows.terminated.shape == (32,)
     for b, step in enumerate(batch.step.tolist()):
         assert torch.equal(rows.obs[b], batch.obs_seq[b, step])
         assert torch.equal(rows.next_obs[b], batch.obs_seq[b, step + 1])
@@ -480,13 +482,16 @@ def test_rows_of_the_worker():
         assert torch.equal(rows.next_subgoal[b], batch.subgoal_seq[b, step + 1])
         assert torch.equal(rows.action[b], batch.action_seq[b, step])
         assert rows.reward[b] == batch.worker_reward_seq[b, step]
+        assert rows.terminated[b] == (batch.dead[b] if step == batch.length[b] - 1 else 0)
+    assert 0 < rows.terminated.sum() < batch.dead.sum()
 
 
-def test_death_ends_the_managers_value_only():
-    """The segment in which an ant dies: terminal for the manager, while the worker's target looks on."""
+def test_death():
+    """The segment in which an ant dies is terminal for the manager, its last step for the worker."""
     args, manager, worker = toy_agents()
     batch = random_batch(rows=4)
-    batch.terminated[:] = 1
+    batch.terminated[:], batch.dead[:] = 1, 1
+    batch.length[:], batch.step = 3, torch.tensor([0, 1, 2, 2])
     seen = []
     for agent in (manager, worker):
         td_target = agent.td_target
@@ -497,7 +502,7 @@ def test_death_ends_the_managers_value_only():
     (_, for_manager), (inputs, for_worker) = seen
     assert torch.equal(for_manager, batch.reward)
     rows = cher.worker_rows(batch)
-    assert torch.allclose(for_worker, rows.reward - 99)
+    assert torch.allclose(for_worker, rows.reward - torch.tensor([99.0, 99.0, 0.0, 0.0]))
     assert torch.equal(inputs[2], rows.next_obs) and torch.equal(inputs[3], rows.next_subgoal)
 
 
@@ -582,6 +587,7 @@ def test_what_the_loop_stores(toy_run, monkeypatch):
     lengths = [10, 10, 3, 10, 10, 3, 10, 7]
     assert [int(record.length) for record in records] == lengths
     assert [int(record.terminated) for record in records] == [0] * 7 + [1]
+    assert [int(record.dead) for record in records] == [0] * 7 + [1]
     given = [(obs, action) for limit, _, obs, _, action in calls if limit == 10]
     acted = [(goal, action) for limit, _, _, goal, action in calls if limit == 1]
     assert len(given) == 9 and len(acted) == 63
@@ -597,6 +603,8 @@ def test_what_the_loop_stores(toy_run, monkeypatch):
             assert np.array_equal(record.subgoal_seq[i], acted[begin + i][0])
             assert np.allclose(record.obs_seq[i, :2] + record.subgoal_seq[i], target, atol=1e-4)
             reward = -math.sqrt(((target - next_obs[:2]) ** 2).sum() + 1e-10)
+            if record.dead and i == length - 1:
+                reward *= 100  # 1 + 0.99 + 0.99^2 ...: it rests there for ever
             assert record.worker_reward_seq[i] == pytest.approx(reward, rel=1e-5)
         end = env.log[begin + length - 1][2]
         # its last successor belongs to the same period: no look at the manager's next subgoal

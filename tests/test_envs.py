@@ -661,8 +661,9 @@ def test_gather_pickup_and_end():
     assert env.objects.tolist() == [[5, 5, 1], [1.5, 0, -1]]
     assert obs["observation"][29:39].max() == 0 and obs["observation"][39:49].max() > 0.7
     env.objects = np.array([(0.1, 0, -1)])
-    _, reward, terminated, truncated, _ = env.step(np.zeros(8))
+    _, reward, terminated, truncated, info = env.step(np.zeros(8))
     assert reward == -1.0 and terminated and not truncated and len(env.objects) == 0
+    assert info["dead"] is False  # all taken
 
 
 @pytest.mark.parametrize("z, dead", [(0.29, True), (0.33, False), (1.2, True)])
@@ -674,7 +675,7 @@ def test_gather_death_pays_nothing(z, dead):
     env.data.qpos[7:] = 0, 1, 0, -1, 0, -1, 0, 1  # joints within their limits
     _, reward, terminated, _, info = env.step(np.zeros(8))
     assert info["torso_height"] == pytest.approx(z, abs=0.02)
-    assert (terminated, reward) == ((True, 0.0) if dead else (False, 1.0))
+    assert (terminated, reward, info["dead"]) == ((True, 0.0, True) if dead else (False, 1.0, False))
 
 
 def test_gather_compute_reward():

@@ -1,5 +1,6 @@
 """Subgoals, the worker's reward, segments, and what the training loop stores of them."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -202,12 +203,21 @@ def test_random_subgoals(loop_module, toy_run, monkeypatch):
     assert 3 < subgoals.std() < 9 and np.abs(subgoals).max() <= 10
 
 
-def test_end_of_an_episode_for_good(loop_module, toy_run):
-    stored = toy_run(loop_module, 34, ToyEnv(23, death=17), learning_starts=1000)
+@pytest.mark.parametrize("dies", [True, False])
+def test_end_of_an_episode_for_good(loop_module, toy_run, dies):
+    """By a death, or because the task is done, which is no end for the worker."""
+    stored = toy_run(loop_module, 34, ToyEnv(23, death=17, dies=dies), learning_starts=1000)
     assert [int(row.length) for row in stored.manager] == [10, 7, 10, 7]
     assert [int(row.terminated) for row in stored.manager] == [0, 1, 0, 1]
-    # the worker's rewards are negative: it must not gain by dying
-    assert not any(row.terminated for row in stored.worker)
+    # the worker's rewards are negative: dying must not pay, so the last one counts for all that follow
+    assert [int(row.terminated) for row in stored.worker] == ([0] * 16 + [int(dies)]) * 2
+    for row in stored.worker:
+        left = row.obs[:2] + row.subgoal - row.next_obs[:2]
+        reward = -math.hypot(*left) * (
+            loop_module.Args.worker_reward_scale if "aclg" in loop_module.__name__ else 1
+        )
+        resting = sum(loop_module.Args.worker_gamma**k for k in range(5000)) if row.terminated else 1
+        assert float(row.reward) == pytest.approx(reward * resting, rel=1e-4)
     assert [float(row.reward) for row in stored.manager][:2] == pytest.approx(
         [-5.5, -0.1 * sum(range(11, 18))]
     )
