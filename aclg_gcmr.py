@@ -1853,9 +1853,9 @@ def main(args: Args):
         if issued and args.worker_looks_ahead:
             next_subgoal = loop.first_subgoal
 
-        # easy to overlook: who dies counts as resting there for ever: dying would pay if death ended the
-        # negative rewards, and a bootstrap from states after which nothing is ever seen grows without bound
         worker_reward = intrinsic_reward(achieved, subgoal, next_achieved)
+        # easy to overlook: who dies counts as resting there for ever. Dying would pay if it ended the negative
+        # rewards, and a bootstrap from states after which nothing is ever seen grows without bound
         if info["dead"]:
             worker_reward /= 1 - args.worker_gamma
 

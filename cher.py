@@ -1320,9 +1320,9 @@ def main(args: Args):
         achieved, next_achieved, episode_over = obs[:dims], next_obs[:dims], terminated or truncated
         next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
         # easy to overlook: the subgoal that the worker acted on, and its successor in the same period
-        # and who dies counts as resting there for ever: dying would pay if death ended the
-        # negative rewards, and a bootstrap from states after which nothing is ever seen grows without bound
         worker_reward = intrinsic_reward(achieved, subgoal, next_achieved)
+        # easy to overlook: who dies counts as resting there for ever. Dying would pay if it ended the negative
+        # rewards, and a bootstrap from states after which nothing is ever seen grows without bound
         if info["dead"]:
             worker_reward /= 1 - args.worker_gamma
         segment.add(action, reward, worker_reward, next_obs, next_subgoal)
