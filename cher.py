@@ -1321,7 +1321,7 @@ def main(args: Args):
         next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
         # easy to overlook: the subgoal that the worker acted on, and its successor in the same period
         worker_reward = intrinsic_reward(achieved, subgoal, next_achieved)
-        # easy to overlook: who dies counts as resting there for ever. Dying would pay if it ended the negative
+        # easy to overlook: who dies counts as resting there for ever. Dying would pay if it ended negative
         # rewards, and a bootstrap from states after which nothing is ever seen grows without bound
         if info["dead"]:
             worker_reward /= 1 - args.worker_gamma
