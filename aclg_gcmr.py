@@ -57,7 +57,7 @@ from tqdm import tqdm
 from common_envs import SPECS, make_env
 
 SCRIPT = Path(__file__).stem
-FORMAT = 1  # of checkpoints; raised when an older one could not be read any more
+FORMAT = 1  # of checkpoints; raised when an older agent could not be evaluated any more
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
 RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
@@ -314,14 +314,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
         preset = PRESETS.get(env, {})
         settings = {"env": env} | {name: value for name, value in preset.items() if name != "source"}
         source = preset.get("source", "the paper's values")
+    before = Args(**settings)
     args = tyro.cli(
         Args,
         args=argv,
-        default=dataclasses.replace(Args(), **settings),
+        default=before,
         description=f"{__doc__.splitlines()[0]} Settings of {settings['env']}: {source}.",
     )
-    fixed = set(settings) - set(EVAL_MAY_CHANGE if first.eval_only else RESUME_MAY_CHANGE)
-    changed = ", ".join(sorted(name for name in fixed if getattr(args, name) != settings[name]))
+    may_change = EVAL_MAY_CHANGE if first.eval_only else RESUME_MAY_CHANGE
+    fixed = (field.name for field in dataclasses.fields(Args) if field.name not in may_change)
+    changed = ", ".join(name for name in fixed if getattr(args, name) != getattr(before, name))
     if first.resume is not None and changed:
         fail(f"--resume continues the run as it was set; not with another {changed}")
     if first.eval_only and changed:
@@ -352,6 +354,8 @@ def check_args(args: Args):
             fail(f"--{name.replace('_', '-')} must not be negative")
     if args.seed >= 2**32:
         fail("--seed must be below 2**32")
+    if not 0 <= args.worker_gamma < 1:
+        fail("--worker-gamma must be below 1, and not negative: a death counts reward / (1 - gamma)")
     if args.learning_starts < args.manager_period:
         fail("--learning-starts must be at least --manager-period: the manager learns from whole segments")
     dims = len(SUBGOAL_SPACES[args.subgoal_space])
@@ -613,6 +617,8 @@ class ReplayBuffer:
     def load_state_dict(self, state: dict):
         if len(state["rows"]) != min(state["added"], len(self.rows)):
             raise ValueError("another capacity")
+        if state["rows"].shape[1] != self.rows.shape[1]:
+            raise ValueError("its replay has other fields: another task, or written by an older version")
         self.rows[: len(state["rows"])] = state["rows"]
         self.added = state["added"]
         self.size.fill_(len(self))
@@ -1855,7 +1861,7 @@ def main(args: Args):
 
         worker_reward = intrinsic_reward(achieved, subgoal, next_achieved)
         # easy to overlook: who dies counts as resting there for ever. Dying would pay if it ended negative
-        # rewards, and a bootstrap from states after which nothing is ever seen grows without bound
+        # rewards; and what a critic says of the dead, after whom nothing is ever seen, can be anything
         if info["dead"]:
             worker_reward /= 1 - args.worker_gamma
 

@@ -58,7 +58,7 @@ from tqdm import tqdm
 from common_envs import SPECS, make_env
 
 SCRIPT = Path(__file__).stem
-FORMAT = 1  # of checkpoints; raised when an older one could not be read any more
+FORMAT = 1  # of checkpoints; raised when an older agent could not be evaluated any more
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
 RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
@@ -256,14 +256,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
         preset = PRESETS.get(env, {})
         settings = {"env": env} | {name: value for name, value in preset.items() if name != "source"}
         source = preset.get("source", "the paper's values")
+    before = Args(**settings)
     args = tyro.cli(
         Args,
         args=argv,
-        default=dataclasses.replace(Args(), **settings),
+        default=before,
         description=f"{__doc__.splitlines()[0]} Settings of {settings['env']}: {source}.",
     )
-    fixed = set(settings) - set(EVAL_MAY_CHANGE if first.eval_only else RESUME_MAY_CHANGE)
-    changed = ", ".join(sorted(name for name in fixed if getattr(args, name) != settings[name]))
+    may_change = EVAL_MAY_CHANGE if first.eval_only else RESUME_MAY_CHANGE
+    fixed = (field.name for field in dataclasses.fields(Args) if field.name not in may_change)
+    changed = ", ".join(name for name in fixed if getattr(args, name) != getattr(before, name))
     if first.resume is not None and changed:
         fail(f"--resume continues the run as it was set; not with another {changed}")
     if first.eval_only and changed:
@@ -289,6 +291,8 @@ def check_args(args: Args):
             fail(f"--{name.replace('_', '-')} must not be negative")
     if args.seed >= 2**32:
         fail("--seed must be below 2**32")
+    if not 0 <= args.worker_gamma < 1:
+        fail("--worker-gamma must be below 1, and not negative: a death counts reward / (1 - gamma)")
     if args.learning_starts < args.manager_period:
         fail("--learning-starts must be at least --manager-period: the manager learns from whole segments")
     dims = len(SUBGOAL_SPACES[args.subgoal_space])
@@ -567,6 +571,8 @@ class ReplayBuffer:
     def load_state_dict(self, state: dict):
         if len(state["rows"]) != min(state["added"], len(self.rows)):
             raise ValueError("another capacity")
+        if state["rows"].shape[1] != self.rows.shape[1]:
+            raise ValueError("its replay has other fields: another task, or written by an older version")
         self.rows[: len(state["rows"])] = state["rows"]
         self.added = state["added"]
         self.size.fill_(len(self))
@@ -679,7 +685,8 @@ def relabel_subgoals(worker: TD3, batch, half_range, args: Args):
 def hindsight_sequences(sequences: dict, dims: int) -> dict:
     """HAC: the segment as if its end had been its subgoal, so reached with the last step. numpy
 
-    The first of these subgoals is the manager's action, not clipped to its limit.
+    The first of these subgoals is the manager's action, not clipped to its limit. A death is an end at the
+    subgoal then, so worth about 0.
     """
     achieved_seq = sequences["obs_seq"][:, :dims]  # [c + 1, D]
     subgoal_seq = achieved_seq[-1] - achieved_seq
@@ -1019,6 +1026,10 @@ def delta_hint(run_dir: Path) -> str:
         column = [row["manager/coop_value"] for row in csv.DictReader(file)]
     values = [float(value) for value in column if value]
     value = float(np.mean(values[-max(1, len(values) // 10) :]))
+    if value >= 0:
+        return (
+            f"J_HRL = {value:.4g}: the worker's rewards are negative, so its Q has diverged; no delta follows"
+        )
     return (
         f"J_HRL = {value:.4g}; paper: --coop-delta {0.25 * value:.4g} (25 % of it) for AntGather, "
         f"{0.75 * value:.4g} (75 %) otherwise, and --coop-reference {value:.4g} to log the cooperation ratio"
@@ -1319,12 +1330,12 @@ def main(args: Args):
         next_obs, _ = split_observation(observation)
         achieved, next_achieved, episode_over = obs[:dims], next_obs[:dims], terminated or truncated
         next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
-        # easy to overlook: the subgoal that the worker acted on, and its successor in the same period
         worker_reward = intrinsic_reward(achieved, subgoal, next_achieved)
         # easy to overlook: who dies counts as resting there for ever. Dying would pay if it ended negative
-        # rewards, and a bootstrap from states after which nothing is ever seen grows without bound
+        # rewards; and what a critic says of the dead, after whom nothing is ever seen, can be anything
         if info["dead"]:
             worker_reward /= 1 - args.worker_gamma
+        # easy to overlook: the subgoal that the worker acted on, and its successor in the same period
         segment.add(action, reward, worker_reward, next_obs, next_subgoal)
 
         # ---- close the segment

@@ -122,7 +122,7 @@ def draw(runs: dict, args: Args):
     labels = sorted({label for lines in runs.values() for label in lines})
     columns = min(3, len(runs))
     rows = -(-len(runs) // columns)
-    size = (4.6 * columns, 3.4 * rows + 0.4)
+    size = (4.6 * columns, (3.4 + 0.2 * max(len(lines) for lines in runs.values())) * rows + 0.4)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(runs) :]:
         axis.remove()
@@ -150,7 +150,7 @@ def draw(runs: dict, args: Args):
             axis.set_ylim(-0.03, 1.03)
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.2))  # below the panel
     figure.suptitle(f"{args.statistic} over seeds, 95 % bootstrap interval", fontsize="small")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)

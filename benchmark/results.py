@@ -20,8 +20,9 @@ HEADER = """# Results
 Made by `python benchmark/results.py` from the files below `benchmark/results`; do not edit.
 Success: noise-free, at the last step of the episode, mean of a seed's last five evaluations; then the mean
 over seeds (smallest to largest). Solved at: the first step at which the mean of five evaluations in a row
-is at least 0.9. Progress: of the worker in training, metres along the subgoal per period, mean of the last
-five rows. Hours: wall-clock of one run, often beside others.
+is at least 0.9. Return: of the environment's rewards per evaluation episode, mean of the last five (AntGather
+has no goal and so no success). Progress: of the worker in training, metres along the subgoal per period, mean
+of the last five rows. Hours: wall-clock of one run, often beside others.
 """
 COLUMNS = (
     "script",
@@ -32,6 +33,7 @@ COLUMNS = (
     "success",
     "any step",
     "solved at",
+    "return",
     "progress",
     "hours",
 )
@@ -50,7 +52,7 @@ def read_run(file: Path) -> dict:
         rows = list(csv.DictReader(table))
     values = {
         name: np.array([float(row.get(name) or "nan") for row in rows])
-        for name in ("step", "time", "eval/success", "eval/success_any", "worker/progress")
+        for name in ("step", "time", "eval/success", "eval/success_any", "eval/return", "worker/progress")
     }
     means = np.convolve(values["eval/success"], np.ones(LAST) / LAST, "valid")
     solved = np.flatnonzero(means >= 0.9 - 1e-9)
@@ -62,6 +64,7 @@ def read_run(file: Path) -> dict:
         "success": values["eval/success"][-LAST:].mean(),
         "any": values["eval/success_any"][-LAST:].mean(),
         "solved": int(values["step"][LAST - 1 + solved[0]]) if len(solved) else None,
+        "return": values["eval/return"][-LAST:].mean(),
         "progress": values["worker/progress"][-LAST:].mean(),
         "hours": values["time"][-1] / 3600,
         "commit": config["commit"],
@@ -85,6 +88,7 @@ def table_row(key: tuple, runs: list[dict]) -> str:
         spread([run["success"] for run in runs]),
         spread([run["any"] for run in runs]),
         " / ".join(solved),
+        spread([run["return"] for run in runs], 1),
         spread([run["progress"] for run in runs]),
         spread([run["hours"] for run in runs], 1),
     )

@@ -418,6 +418,11 @@ def test_delta_from_a_run(tmp_path):
     assert "--coop-delta -1062 (25 % of it) for AntGather, -3188 (75 %) otherwise" in hint
 
 
+def test_no_delta_from_a_diverged_run(tmp_path):
+    (tmp_path / "progress.csv").write_text("step,manager/coop_value\n5,-500\n10,78110\n")
+    assert "diverged" in cher.delta_hint(tmp_path) and "--coop-delta" not in cher.delta_hint(tmp_path)
+
+
 def test_columns_and_the_last_line(toy_run, capsys, tmp_path):
     """Only HRL tells J_HRL, which is the mean over the updates since the last row."""
     hint = "J_HRL = "
@@ -570,10 +575,11 @@ def watch(monkeypatch):
     return calls
 
 
-def test_what_the_loop_stores(toy_run, monkeypatch):
+@pytest.mark.parametrize("dies", [True, False])
+def test_what_the_loop_stores(toy_run, monkeypatch, dies):
     """Episodes of 23, 23 and 17 steps, the last ends for good: periods of 10, 10, 3, 10, 10, 3, 10, 7."""
     calls = watch(monkeypatch)
-    env = ToyEnv(23, speed=5.0)
+    env = ToyEnv(23, speed=5.0, dies=dies)
 
     def die(step=env.step):
         def dying_step(action):
@@ -583,11 +589,12 @@ def test_what_the_loop_stores(toy_run, monkeypatch):
         return dying_step
 
     env.step = die()
-    records = toy_run(cher, 63, env, learning_starts=1000, manager_reward_scale=0.1).manager
+    settings = dict(manager_reward_scale=0.1, worker_gamma=0.9)
+    records = toy_run(cher, 63, env, learning_starts=1000, **settings).manager
     lengths = [10, 10, 3, 10, 10, 3, 10, 7]
     assert [int(record.length) for record in records] == lengths
     assert [int(record.terminated) for record in records] == [0] * 7 + [1]
-    assert [int(record.dead) for record in records] == [0] * 7 + [1]
+    assert [int(record.dead) for record in records] == [0] * 7 + [int(dies)]  # or the task is done
     given = [(obs, action) for limit, _, obs, _, action in calls if limit == 10]
     acted = [(goal, action) for limit, _, _, goal, action in calls if limit == 1]
     assert len(given) == 9 and len(acted) == 63
@@ -604,7 +611,7 @@ def test_what_the_loop_stores(toy_run, monkeypatch):
             assert np.allclose(record.obs_seq[i, :2] + record.subgoal_seq[i], target, atol=1e-4)
             reward = -math.sqrt(((target - next_obs[:2]) ** 2).sum() + 1e-10)
             if record.dead and i == length - 1:
-                reward *= 100  # 1 + 0.99 + 0.99^2 ...: it rests there for ever
+                reward *= 10  # 1 + 0.9 + 0.9^2 ...: it rests there for ever
             assert record.worker_reward_seq[i] == pytest.approx(reward, rel=1e-5)
         end = env.log[begin + length - 1][2]
         # its last successor belongs to the same period: no look at the manager's next subgoal
@@ -780,6 +787,13 @@ def test_hac_stores_hindsight_and_sometimes_the_original(toy_run):
         assert not np.allclose(original.subgoal_seq, hindsight.subgoal_seq)
         for name in ("action_seq", "goal", "reward", "terminated", "length"):
             assert np.array_equal(getattr(hindsight, name), getattr(original, name))
+
+
+def test_hac_stores_a_death(toy_run):
+    """In the record of hindsight, which comes first, and in the original."""
+    flags = dict(hindsight=True, subgoal_testing_rate=1.0, learning_starts=100)
+    records = toy_run(cher, 17, ToyEnv(death=17), **flags).manager
+    assert [(int(record.length), int(record.dead)) for record in records] == [(10, 0)] * 2 + [(7, 1)] * 2
 
 
 def test_no_hindsight_by_default(toy_run):
@@ -1070,6 +1084,22 @@ def test_foreign_worker(tmp_path):
         with pytest.raises(SystemExit) as stop:
             cher.load_worker(cher.make_agents(env, args, CPU)[1], env, args)
         assert word in stop.value.code and name in stop.value.code and "\n" not in stop.value.code
+
+
+def test_another_environment_brings_its_evaluation_goals(tmp_path):
+    state = {"script": "cher", "format": cher.FORMAT, "args": vars(cher.Args(env="AntMaze-U"))}
+    torch.save(state, tmp_path / "model.pt")
+    flags = ["--eval-only", "--checkpoint", str(tmp_path / "model.pt")]
+    assert cher.parse_args(flags).eval_goals == ()
+    args = cher.parse_args([*flags, "--env", "AntMaze-ULarge"])
+    assert args.eval_goals == (16.0, 0.0, 16.0, 16.0, 0.0, 16.0)
+
+
+def test_replay_of_an_older_version():
+    """Its rows had no entry for a death."""
+    new = cher.ReplayBuffer(5, CPU, reward=(), dead=())
+    with pytest.raises(ValueError, match="older version"):
+        new.load_state_dict({"rows": torch.zeros(3, 1), "added": 3})
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,8 @@ def scripted(env, positions):
 def run_to_end(env):
     zero = np.zeros(env.action_space.shape, np.float32)
     while True:
-        _, _, terminated, truncated, _ = env.step(zero)
+        _, _, terminated, truncated, info = env.step(zero)
+        assert info["dead"] is False  # a stop is no death
         if terminated or truncated:
             return env.steps, terminated, truncated
 

@@ -24,11 +24,11 @@ def publish(tmp_path):
         config["args"] = {"env": env, "seed": seed, "total_steps": total, "variant": variant}
         (folder / "config.json").write_text(json.dumps(config))
         with open(folder / "progress.csv", "w", newline="") as file:
-            names = ["step", "time", "eval/success", "eval/success_any", "worker/progress"]
+            names = ["step", "time", "eval/success", "eval/success_any", "eval/return", "worker/progress"]
             table = csv.DictWriter(file, names)
             table.writeheader()
             for index, success in enumerate(successes, 1):
-                table.writerow(dict(zip(names, (10 * index, 360 * index, success, 1, 0.5))))
+                table.writerow(dict(zip(names, (10 * index, 360 * index, success, 1, -index, 0.5))))
 
     return publish
 
@@ -45,7 +45,7 @@ def test_mean_of_the_last_five_and_of_the_seeds(publish, tmp_path):
     (row,) = table_of(tmp_path)
     assert row[:5] == ["hiro", "A", "x", "1, 2", "70"]
     assert row[5] == "0.70 (0.50 to 0.90)"  # 4.5 / 5 and 2.5 / 5
-    assert row[7:] == ["70 / no", "0.50 (0.50 to 0.50)", "0.7 (0.7 to 0.7)"]
+    assert row[7:] == ["70 / no", "-5.0 (-5.0 to -5.0)", "0.50 (0.50 to 0.50)", "0.7 (0.7 to 0.7)"]
 
 
 def test_unfinished_runs_stand_alone(publish, tmp_path):

@@ -184,6 +184,8 @@ BAD_FLAGS = [
     ("--candidates 2", "--candidates"),
     ("--seed -1", "--seed"),
     ("--worker-buffer 0", "--worker-buffer"),
+    ("--worker-gamma 1", "--worker-gamma"),
+    ("--worker-gamma -0.5", "--worker-gamma"),
     ("--threads -1", "--threads"),
     ("--seed 99999999999", "--seed"),
 ]
@@ -290,6 +292,11 @@ def test_evaluation_keeps_the_agent(script, module, capsys, model_of, tmp_path):
     flags = ["--eval-only", "--checkpoint", model_of(script)]
     args, _ = parse(module, capsys, *flags, "--eval-episodes", 3, "--seed", 7, "--reached-radius", 2)
     assert (args.eval_episodes, args.seed, args.reached_radius) == (3, 7, 2.0)
+    old = torch.load(model_of(script), weights_only=True)
+    old["args"].pop("subgoal_limit")  # from before that setting, so with its default
+    torch.save(old, tmp_path / "old.pt")
+    code, text = parse(module, capsys, flags[0], flags[1], tmp_path / "old.pt", "--subgoal-limit", 2, 2)
+    assert code == 1 and "subgoal_limit" in text
     for more in (["--manager-period", 5], ["--hidden", 8], ["--scale-worker-inputs"]):
         code, text = parse(module, capsys, *flags, *more)
         name = more[0].lstrip("-").replace("-", "_")

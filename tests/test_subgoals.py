@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import SCRIPTS, ToyEnv
 
+import aclg_gcmr
 import hiro
 from common_envs import make_env
 
@@ -206,20 +207,33 @@ def test_random_subgoals(loop_module, toy_run, monkeypatch):
 @pytest.mark.parametrize("dies", [True, False])
 def test_end_of_an_episode_for_good(loop_module, toy_run, dies):
     """By a death, or because the task is done, which is no end for the worker."""
-    stored = toy_run(loop_module, 34, ToyEnv(23, death=17, dies=dies), learning_starts=1000)
+    scale = {"worker_reward_scale": 1.5} if hasattr(loop_module.Args, "worker_reward_scale") else {}
+    env = ToyEnv(23, death=17, dies=dies)
+    stored = toy_run(loop_module, 34, env, learning_starts=1000, worker_gamma=0.9, **scale)
     assert [int(row.length) for row in stored.manager] == [10, 7, 10, 7]
     assert [int(row.terminated) for row in stored.manager] == [0, 1, 0, 1]
     # the worker's rewards are negative: dying must not pay, so the last one counts for all that follow
     assert [int(row.terminated) for row in stored.worker] == ([0] * 16 + [int(dies)]) * 2
     for row in stored.worker:
         left = row.obs[:2] + row.subgoal - row.next_obs[:2]
-        reward = -math.hypot(*left) * (
-            loop_module.Args.worker_reward_scale if "aclg" in loop_module.__name__ else 1
-        )
-        resting = sum(loop_module.Args.worker_gamma**k for k in range(5000)) if row.terminated else 1
+        reward = -math.hypot(*left) * scale.get("worker_reward_scale", 1)
+        resting = sum(0.9**k for k in range(1000)) if row.terminated else 1
         assert float(row.reward) == pytest.approx(reward * resting, rel=1e-4)
     assert [float(row.reward) for row in stored.manager][:2] == pytest.approx(
         [-5.5, -0.1 * sum(range(11, 18))]
+    )
+
+
+def test_time_limit_as_in_the_released_code(toy_run):
+    """aclg_gcmr.py --time-limit-is-terminal: for both levels, at the reward of that step."""
+    settings = dict(learning_starts=1000, time_limit_is_terminal=True, worker_gamma=0.9)
+    stored = toy_run(aclg_gcmr, 46, ToyEnv(23), **settings)
+    assert [int(row.terminated) for row in stored.worker] == ([0] * 22 + [1]) * 2
+    assert [int(row.terminated) for row in stored.manager] == [0, 0, 1] * 2
+    row = stored.worker[22]
+    left = row.obs[:2] + row.subgoal - row.next_obs[:2]
+    assert float(row.reward) == pytest.approx(
+        -aclg_gcmr.Args.worker_reward_scale * math.hypot(*left), rel=1e-4
     )
 
 
