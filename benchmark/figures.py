@@ -21,6 +21,7 @@ CURVES = {
         ["hiro/PointMaze-U/default", "cher/PointMaze-U", "aclg_gcmr/PointMaze-U/default"],
         "eval/success",
     ),
+    "curves_gather.png": (["cher/AntGather"], "eval/return"),
     "curves_coop.png": (["cher/PointMaze-U/dynamic"], "manager/coop_ratio"),
     "curves_ant.png": (
         [
