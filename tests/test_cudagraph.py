@@ -75,7 +75,7 @@ class Learner:
         for buffer in self.buffers:
             for _ in range(rows):
                 fields = {name: self.rng.normal(size=shape) for name, shape in buffer.shapes.items()}
-                fields |= {"terminated": 0} | ({"length": 7} if "length" in buffer.shapes else {})
+                fields |= {"terminated": 0, "dead": 0} | ({"length": 7} if "length" in buffer.shapes else {})
                 buffer.add(**fields)
         if self.dynamics is not None:
             obs, change, action = (torch.from_numpy(self.rng.normal(size=(9, n))) for n in (5, 5, 2))
