@@ -967,11 +967,16 @@ def cuda_graph(function, args: Args, device):
     return replay
 
 
-def load_run(path: str, parts: dict, env, device) -> tuple[int, SimpleNamespace]:
-    """Fill parts and env from a checkpoint.pt. Returns the first step to take and the state of the loop."""
+def load_run(path: str, parts: dict, env, device, fresh) -> tuple[int, SimpleNamespace]:
+    """Fill parts and env from a checkpoint.pt. Returns the first step to take and the state of the loop.
+
+    fresh: that state at the start of a run, for the fields that the file must have.
+    """
     state = load_checkpoint(path)
     if "loop" not in state:
         fail(f"{path} holds networks only; resume from a checkpoint.pt (--save-every)")
+    if state["loop"].keys() - {"step", "env", "generators"} != vars(fresh).keys():
+        fail(f"{path} was written by another version of {SCRIPT}.py; use that one (see config.json)")
     load_parts(parts, state, path)
     loop = {name: value.numpy() if torch.is_tensor(value) else value for name, value in state["loop"].items()}
     generators = loop.pop("generators")
@@ -1068,13 +1073,13 @@ def main(args: Args):
     run_dir, period, dims = make_run_dir(args), args.manager_period, len(manager.limit)
 
     # ---- start, or continue
+    first_step, loop = 1, SimpleNamespace(losses={}, seconds=0.0, periods=[], heights=[], flips=[])
+    loop.returns, loop.episode_return = [], 0.0
+    loop.obs, loop.goal = split_observation(env.reset(seed=args.seed)[0])
+    loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, float(args.uniform_warmup))
+    segment.start(loop.obs)
     if args.resume:
-        first_step, loop = load_run(args.resume, parts, env, device)
-    else:
-        first_step, loop = 1, SimpleNamespace(losses={}, seconds=0.0, periods=[], heights=[], flips=[])
-        loop.obs, loop.goal = split_observation(env.reset(seed=args.seed)[0])
-        loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, float(args.uniform_warmup))
-        segment.start(loop.obs)
+        first_step, loop = load_run(args.resume, parts, env, device, loop)
     learn_worker, learn_manager = (cuda_graph(f, args, device) for f in (update_worker, update_manager))
     stop = []  # signals received
     handlers = {n: signal.signal(n, lambda number, frame: stop.append(number)) for n in STOP_SIGNALS}
@@ -1146,8 +1151,11 @@ def main(args: Args):
         loop.obs, loop.subgoal = next_obs, loop.first_subgoal if issued else next_subgoal
         loop.heights.append(info["torso_height"])
         loop.flips.append(info["upside_down"])
+        loop.episode_return += float(reward)
 
         if episode_over:
+            loop.returns.append(loop.episode_return)
+            loop.episode_return = 0.0
             loop.obs, loop.goal = split_observation(env.reset()[0])
             loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, random_subgoals)
             segment.start(loop.obs)
@@ -1165,10 +1173,11 @@ def main(args: Args):
             row |= period_metrics("worker", loop.periods, args.reached_radius)
             row["worker/torso_height"] = float(np.mean(loop.heights))
             row["worker/upside_down"] = float(np.mean(loop.flips))
+            row |= {"train/return": float(np.mean(loop.returns))} if loop.returns else {}
             row |= check_finite(loop.losses, step, run_dir)
             log_row(row, run_dir, writer, progress)
             save_checkpoint(agents, args, run_dir / "model.pt")
-            loop.periods, loop.heights, loop.flips = [], [], []
+            loop.periods, loop.heights, loop.flips, loop.returns = [], [], [], []
             last_time, last_step = time.time(), step
         if stop or (args.save_every and (step % args.save_every == 0 or step == args.total_steps)):
             check_finite(loop.losses, step, run_dir)

@@ -129,6 +129,15 @@ def test_files_that_do_not_resume(stopped, module, tmp_path):
     assert "networks only" in text and "checkpoint.pt" in text
 
 
+def test_checkpoint_of_another_version(stopped, module, tmp_path):
+    """Its loop counted other things, so that the run could not go on exactly."""
+    state = torch.load(stopped[0] / "checkpoint.pt", weights_only=True)
+    del state["loop"]["returns"]
+    torch.save(state, tmp_path / "old.pt")
+    text = refusal(module, "--resume", tmp_path / "old.pt", "--total-steps", 2000)
+    assert "old.pt was written by another version" in text and "config.json" in text
+
+
 def test_settings_cannot_change_in_a_resumed_run(stopped, module, tmp_path):
     shutil.copy(stopped[0] / "checkpoint.pt", tmp_path)
     for flags, word in (

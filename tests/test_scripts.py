@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, TINY, TINY_OF, read_rows
+from conftest import ROOT, SCRIPTS, TINY, TINY_OF, ToyEnv, read_rows
 
 from common_envs import SPECS
 
@@ -78,6 +78,20 @@ def test_progress(trained, script):
     assert 0 <= last["eval/success"] <= last["eval/success_any"] <= 1
     assert last["eval/return"] < 0  # minus distances
     assert last["worker/torso_height"] > 0.2 and 0 <= last["worker/upside_down"] <= 1
+
+
+def test_return_of_training_episodes(toy_run, module, tmp_path):
+    """Episodes of 2, 4, 3 and 9 steps, which pay -1, -2, ...: two end by step 7, one by 14, none by 16."""
+    lengths = iter((2, 4, 3, 9))
+
+    class Env(ToyEnv):
+        def reset(self, **options):
+            self.limit = next(lengths)
+            return super().reset(**options)
+
+    toy_run(module, 16, Env(), eval_every=7, learning_starts=10)
+    rows = read_rows(tmp_path / "run")
+    assert [row["train/return"] for row in rows] == ["-6.5", "-6.0", ""]  # (-3 - 10) / 2, -6, none
 
 
 def test_config(trained, script):
