@@ -4,7 +4,7 @@
     python hiro.py --env AntMaze-ULarge --help     # every setting, with the values for this environment
 
 Two TD3 agents. The manager sees the task's goal and hands out a subgoal, a wished-for change of the state,
-every `manager_period` steps. The worker sees only the subgoal and is paid for coming closer to it:
+every `manager_period` steps. The worker sees the subgoal, never the goal, and is paid for coming closer:
 
     every manager_period steps:
         subgoal = manager.actor(obs, goal) + noise
@@ -153,9 +153,10 @@ class Args:
     reached_radius: float = 1.0  # m, a subgoal counts as reached when its period ends within this of it
 
 
-# Mazes that are not in HIRO's paper, with corridors of 2 to 4 m. Its values freeze the worker there, as the
-# manager asks for 13 m into a corner, always the same. With these it walks on AntMaze-U (one seed, benchmark/
-# LOG.md: which of them is needed was not taken apart); the other mazes have not been run. Length as in HIGL.
+# Mazes that are not in HIRO's paper, with corridors of 2 to 4 m. Its values froze the worker of AntMaze-U, as
+# the manager asked for 13 m into a corner, always the same. With these it walks (success 0.04 late in 300k
+# steps); so it did with 10 m in x and y, half of the subgoals uniform (variant diverse: 0.18). One seed each;
+# what is needed was not taken apart, the other mazes have not been run. Length as in HIGL.
 SMALL_MAZE = {
     "source": "not in HIRO's paper: subgoals of 2 m in x and y, worker_gamma as in HIGL, the rest found here",
     "subgoal_space": "xy",
@@ -172,6 +173,11 @@ SMALL_MAZE = {
 }
 # Settings that differ from the defaults, with their source. Other environments use the defaults.
 PRESETS: dict[str, dict] = {
+    "AntMaze-ULarge": {"source": "the paper's values"},
+    "AntPush": {"source": "the paper's values"},
+    "AntFall": {"source": "the paper's values"},
+    "AntGather": {"source": "the paper's values"},
+    "AntFourRooms": {"source": "HIRO's values; not in its paper"},
     "PointMaze-U": {
         "source": "HIRO's released limit 0.25 rad and noise 0.1; worker_gamma of HIGL's HIRO baseline",
         "subgoal_space": "xy",
@@ -237,7 +243,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         env = first.env or Args.env
         preset = PRESETS.get(env, {})
         settings = {"env": env} | {name: value for name, value in preset.items() if name != "source"}
-        source = preset.get("source", "the paper's values")
+        source = preset.get("source", "this file's defaults, nothing was chosen for this environment")
     before = Args(**settings)
     args = tyro.cli(
         Args,
@@ -286,6 +292,8 @@ def check_args(args: Args):
         torch.device("cpu" if args.device == "auto" else args.device)
     except RuntimeError:
         fail(f"--device {args.device}: use auto, cpu, cuda or cuda:0")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track needs Weights & Biases: pip install wandb")
     if args.capture_video and importlib.util.find_spec("imageio_ffmpeg") is None:
         fail('--capture-video needs a video encoder: pip install "imageio[ffmpeg]"')
     if args.device.startswith("cuda") and (torch.device(args.device).index or 0) >= torch.cuda.device_count():
@@ -354,7 +362,10 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Twin Q functions: (obs, goal, action) -> q [2, B]. Inputs [B, .] are shared, [2, B, .] one for each."""
+    """Twin Q functions: (obs, goal, action) -> q [2, B]. Inputs [B, .] are shared, [2, B, .] one for each.
+
+    easy to overlook: q1 repeats forward, for speed; in another network q1 may return self(...)[0].
+    """
 
     def __init__(self, input_scale, hidden: int, output_init: float):
         super().__init__()
@@ -907,7 +918,8 @@ def load_parts(parts: dict, state: dict, path: str):
         try:
             part.load_state_dict(state[name])
         except (KeyError, RuntimeError, ValueError) as error:
-            fail(f"{path} does not fit these settings ({name}: {str(error).splitlines()[0]})")
+            why = " ".join(str(error).replace("\t", "").splitlines()[:2])
+            fail(f"{path} does not fit these settings ({name}: {why})")
 
 
 def freeze_run(step: int, loop: SimpleNamespace, env, device) -> dict:
@@ -948,6 +960,8 @@ def cuda_graph(function, args: Args, device):
     calls, recorded, stream = Counter(), {}, torch.cuda.Stream()
 
     def replay(*inputs, **flags):
+        if any(type(value) in (int, float) for value in (*inputs, *flags.values())):
+            raise TypeError("a recording keeps a number as it is now: pass a tensor, changed in place")
         key = tuple(value for value in (*inputs, *flags.values()) if isinstance(value, bool))
         calls[key] += 1
         if calls[key] <= 3:  # optimizers and libraries make their own state in the first calls
@@ -997,6 +1011,8 @@ def make_agents(env, args: Args, device) -> tuple[TD3, TD3]:
     limit = torch.tensor(args.action_limit or env.action_space.high.tolist(), device=device)
     if len(half_range) > obs_dim:
         fail(f"--subgoal-space {args.subgoal_space} needs obs of {len(half_range)}, {args.env} has {obs_dim}")
+    if not (env.action_space.low == -env.action_space.high).all():
+        fail(f"{args.env}: actions must lie within +-limit, as the actor's do; rescale them in step()")
     if len(limit) != env.action_space.shape[0]:
         fail(f"--action-limit needs {env.action_space.shape[0]} numbers for {args.env}")
     noise = (args.manager_noise, args.manager_target_noise, args.manager_target_noise_clip)
@@ -1029,6 +1045,8 @@ def make_run_dir(args: Args) -> Path:
     """The run's folder, with config.json in it."""
     default = f"runs/{args.env}__{SCRIPT}__{args.variant}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.run_dir or (Path(args.resume).parent if args.resume else default))
+    if not args.resume and (run_dir / "progress.csv").exists():
+        fail(f"{run_dir} holds a run already; choose another --run-dir, or go on with --resume")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         config, path = describe_run(args), run_dir / "config.json"
@@ -1043,6 +1061,7 @@ def make_run_dir(args: Args) -> Path:
         import wandb
 
         wandb.init(project="hrl", name=run_dir.name, config=dataclasses.asdict(args), sync_tensorboard=True)
+    print(f"results: {run_dir}", flush=True)
     return run_dir
 
 
@@ -1066,6 +1085,7 @@ def main(args: Args):
         for name, value in evaluate(eval_env, manager, worker, args, eval_seed, recorder).items():
             print(f"{name:28s} {value:.4f}")
         recorder.save()
+        print(f"picture: {folder / 'pictures' / 'eval.png'}")
         return
 
     worker_buffer, manager_buffer, segment = make_buffers(env, args, manager, worker, device)

@@ -42,7 +42,7 @@ COLUMNS = (
 @dataclass
 class Args:
     folder: Path = HERE / "results"  # <script>/<env>/<variant>/seed<k>/{progress.csv, config.json}
-    out: Path = HERE / "RESULTS.md"  # the table
+    out: Path | None = None  # the table; None: RESULTS.md beside the folder
 
 
 def read_run(file: Path) -> dict:
@@ -54,12 +54,15 @@ def read_run(file: Path) -> dict:
         name: np.array([float(row.get(name) or "nan") for row in rows])
         for name in ("step", "time", "eval/success", "eval/success_any", "eval/return", "worker/progress")
     }
+    settings = config["args"]
+    in_grid = file.parent.name == f"seed{settings['seed']}"  # benchmark/run.py's <variant>/seed<k>
+    variant = file.parent.parent.name if in_grid else settings["variant"]
     means = np.convolve(values["eval/success"], np.ones(LAST) / LAST, "valid")
     solved = np.flatnonzero(means >= 0.9 - 1e-9)
     return {
-        "key": (config["script"], config["args"]["env"], file.parent.parent.name),
-        "seed": config["args"]["seed"],
-        "finished": values["step"][-1] >= config["args"]["total_steps"],
+        "key": (config["script"], settings["env"], variant),
+        "seed": settings["seed"],
+        "finished": values["step"][-1] >= settings["total_steps"],
         "steps": int(values["step"][-1]),
         "success": values["eval/success"][-LAST:].mean(),
         "any": values["eval/success_any"][-LAST:].mean(),
@@ -110,8 +113,9 @@ def main(args: Args):
     for (key, _), group in groups.items():
         for run in group:
             text += f"\n- {'/'.join(key)}/seed{run['seed']}: commit {run['commit']}, {run['machine']}"
-    args.out.write_text(text + "\n")
-    print(f"wrote {args.out}: {len(runs)} runs")
+    out = args.out or args.folder.resolve().parent / "RESULTS.md"
+    out.write_text(text + "\n")
+    print(f"wrote {out}: {len(runs)} runs")
 
 
 if __name__ == "__main__":

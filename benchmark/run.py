@@ -39,7 +39,7 @@ class Args:
     seeds: int = 5  # runs per environment, with the seeds 1, 2, ...
     workers: int = 2  # runs at a time
     variant: str = "default"  # a name for the flags after --
-    results: Path = Path("benchmark/results")  # the folder above all runs
+    results: Path = Path("runs/grid")  # the folder above all runs; benchmark/results holds the published ones
     threads: int = 1  # CPU threads per run
     save_every: int = 50_000  # environment steps between checkpoints
     slurm: str | None = None  # submit to this partition; "local": the same jobs without Slurm, all at once
@@ -87,10 +87,15 @@ class Run:
             return max((int(row["step"]) for row in csv.DictReader(file)), default=0) >= total_steps
 
     def start(self):
-        """Start the script. The lock lives as long as the script: two never write to one folder."""
+        """Start the script. The lock lives as long as the script: two never write to one folder.
+
+        Rows of a run that ended before its first checkpoint go: it starts anew.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "log.txt", "a") as log:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not (self.folder / "checkpoint.pt").exists():
+                (self.folder / "progress.csv").unlink(missing_ok=True)
             # as one piece: print() writes its line end by itself, and other threads print too
             print(f"{self.name}: {shlex.join(self.command())}\n", end="", flush=True)
             print(f"$ {shlex.join(self.command())}", file=log, flush=True)

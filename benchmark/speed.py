@@ -59,7 +59,7 @@ class Args:
     env: str = "AntMaze-U"  # a row of SPECS
     scripts: tuple[Script, ...] = ("hiro", "cher", "aclg_gcmr")  # which to measure
     grow: bool = False  # instead: the sum of the parts for several fills and batch sizes, a process for each
-    end_to_end: Script | None = None  # instead: run this script
+    end_to_end: str | None = None  # instead: run this script, its name without .py
     steps: int = 20_000  # environment steps of --end-to-end
     cell: Script | None = None  # what --grow calls itself with: one sum and its memory, as JSON
 
