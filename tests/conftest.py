@@ -9,6 +9,7 @@ import importlib
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -171,7 +172,7 @@ class ToyEnv:
     """A point on a plane: x, y move by the action times `speed`; obs = x, y, steps, last action.
 
     An episode is cut at `limit` steps, or ends at step `death`, by a death if it `dies`. Reward at step n of
-    the episode: -n.
+    the episode: -n. The goal moves by (1, 1) from episode to episode.
     """
 
     def __init__(self, limit=23, death=None, speed=1.0, goal=(3.0, 4.0), dies=True):
@@ -182,6 +183,7 @@ class ToyEnv:
         self.task = SimpleNamespace(goal_dim=2, reward_dims=2, eval_goals=(goal,))
         self.maze = SimpleNamespace(walls=(), size=1.0)
         self.log = []  # (obs, action, next_obs) of each step
+        self.resets = []  # the seed of each
 
     def observe(self):
         obs = np.concatenate([self.xy, [self.steps], self.action])
@@ -189,7 +191,9 @@ class ToyEnv:
 
     def reset(self, *, seed=None, options=None):
         self.xy, self.action, self.steps = np.array([0.5, -0.25]), np.zeros(2), 0
-        self.goal = np.array((options or {}).get("goal", self.task.eval_goals[0]), np.float64)
+        goal = np.add(self.task.eval_goals[0], len(self.resets))
+        self.resets.append(seed)
+        self.goal = np.array((options or {}).get("goal", goal), np.float64)
         return self.observe(), {}
 
     def step(self, action):
@@ -223,6 +227,7 @@ def toy_run(monkeypatch, tmp_path):
         monkeypatch.setattr(
             module, "make_env", lambda *args, evaluate=False, **how: ToyEnv(3) if evaluate else env
         )
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)  # of an earlier call
         settings = dict(total_steps=steps, eval_every=10**9, eval_episodes=1, hidden=8, threads=1) | settings
         settings |= dict(device="cpu", subgoal_space="xy", run_dir=str(tmp_path / "run"), batch_size=8)
         module.main(module.Args(**settings))

@@ -265,6 +265,24 @@ def test_weight_0_is_the_update_without_the_term(monkeypatch):
     assert same(trained[cher], trained[hiro])
 
 
+def test_worker_update_is_hiro_s():
+    """Bit for bit what hiro.py's makes of the same rows; which rows those are is tested above."""
+    trained = {}
+    for module in (cher, hiro):
+        torch.manual_seed(0)
+        args, _, worker = toy_agents(actor_lr=1e-2)
+        batch, before = random_batch(), params(worker)
+        torch.manual_seed(1)
+        for number in range(1, 7):
+            if module is cher:
+                cher.update_worker(worker, batch, args, number % 2 == 0)
+            else:
+                buffer = SimpleNamespace(sample=lambda count, batch=batch: cher.worker_rows(batch))
+                hiro.update_worker(worker, buffer, args, number % 2 == 0)
+        trained[module] = params(worker)
+    assert same(trained[cher], trained[hiro]) and not same(before, trained[cher])
+
+
 def toy_training(toy_run, monkeypatch, steps=90, **settings):
     """Networks and generator after a short run."""
     kept, make = [], cher.make_agents
@@ -599,8 +617,9 @@ def test_what_the_loop_stores(toy_run, monkeypatch, dies):
     acted = [(goal, action) for limit, _, _, goal, action in calls if limit == 1]
     assert len(given) == 9 and len(acted) == 63
     begin, biggest = 0, 0.0
-    for record, length, (first_obs, first_subgoal) in zip(records, lengths, given):
-        assert np.array_equal(record.obs_seq[0], first_obs) and record.goal.tolist() == [3, 4]
+    for number, (record, length, (first_obs, first_subgoal)) in enumerate(zip(records, lengths, given)):
+        assert np.array_equal(record.obs_seq[0], first_obs)
+        assert record.goal.tolist() == [3 + number // 3, 4 + number // 3]  # each episode has its own
         assert np.array_equal(record.subgoal_seq[0], first_subgoal)
         target = first_obs[:2] + first_subgoal
         for i in range(length):
@@ -623,6 +642,17 @@ def test_what_the_loop_stores(toy_run, monkeypatch, dies):
         biggest = max(biggest, np.abs(record.subgoal_seq).max())
         begin += length
     assert biggest > 10.5
+
+
+def test_random_subgoals(toy_run, monkeypatch):
+    """All of them, but for the first: the manager is asked once and the worker always."""
+    calls = watch(monkeypatch)
+    settings = dict(learning_starts=1000, uniform_warmup=False, random_subgoals=1.0)
+    records = toy_run(cher, 46, ToyEnv(23), **settings).manager
+    shares = [share for limit, share, *_ in calls if limit == 10]
+    assert shares == [0] + [1] * 6 and all(share == 0 for limit, share, *_ in calls if limit == 1)
+    subgoals = np.stack([record.subgoal_seq[0] for record in records[1:]])
+    assert 3 < subgoals.std() < 9 and np.abs(subgoals).max() <= 10
 
 
 def test_warm_up(toy_run, monkeypatch):
@@ -833,7 +863,9 @@ def test_flat(toy_run, monkeypatch):
         assert np.allclose(record.obs_seq, [obs, next_obs]) and record.reward == pytest.approx(-10 * step)
         assert np.array_equal(record.subgoal_seq[0], action) and np.array_equal(record.action_seq[0], action)
     assert [share for _, share, *_ in calls] == [1] * 21 + [0] * 14
-    assert all(limit == 1 and goal.tolist() == [3, 4] for limit, _, _, goal, _ in calls)
+    goals = [goal.tolist() for limit, _, _, goal, _ in calls if limit == 1]  # a new one in each episode
+    assert goals == [[3, 4]] * 17 + [[4, 5]] * 17 + [[5, 6]] and env.resets == [1, None, None]
+    assert [record.goal.tolist() for record in records] == goals[:-1]
 
 
 def test_flat_is_td3():

@@ -1,6 +1,7 @@
 """The updates as CUDA graphs: what can be shown without a GPU, and the comparison with one (marked cuda)."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -196,3 +197,12 @@ def test_script_on_a_gpu(script, train, run, tmp_path):
         more = ("--total-steps", 600 + 300 * number, "--device", device)
         run(script, "--resume", tmp_path / "checkpoint.pt", *more)
     assert [int(row["step"]) for row in read_rows(tmp_path)] == [300, 600, 900, 1200, 1500]
+
+
+def test_numbers_are_no_inputs(module, monkeypatch):
+    """A recording would keep a weight as it was; booleans choose between recordings."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    update = module.cuda_graph(lambda *inputs: None, module.Args(), SimpleNamespace(type="cuda", index=None))
+    for number in (1, 0.5):
+        with pytest.raises(TypeError, match="pass a tensor"):
+            update(torch.zeros(2), number)

@@ -278,6 +278,17 @@ def test_in_wall(env_id, inside, outside):
     assert [point for point in outside if maze.in_wall(*point)] == []
 
 
+def test_noise_that_leads_into_a_wall():
+    """The noise on x and y comes first, the collision rule after it: nobody ends inside a wall."""
+    env = make_env("AntMaze-UStochastic")
+    env.reset(seed=0)
+    scripted(env, lambda step: (0.0, 1.99))  # the wall begins at y = 2, 0.2 standard deviations away
+    positions = [env.step(np.zeros(8))[0]["achieved_goal"].tolist() for _ in range(50)]
+    assert not any(env.maze.in_wall(*position) for position in positions)
+    stayed = sum(a == b for a, b in zip(positions, positions[1:]))
+    assert 5 < stayed < 40  # put back to where it was
+
+
 def test_in_wall_equals_the_definition():
     maze, rng = Maze(MAZES["Complex"], 2), np.random.default_rng(0)
     points = np.concatenate((rng.uniform(-4, 16, (500, 2)), rng.integers(-4, 17, (500, 2))))

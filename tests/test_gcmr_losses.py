@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import aclg_gcmr as gcmr
+import hiro
 
 torch.set_num_threads(1)
 F64 = dict(dtype=torch.float64)
@@ -238,6 +239,7 @@ def test_second_order_gradient_reaches_the_critics():
 def test_slope_by_hand_is_the_slope_of_autograd():
     """Same slopes, and same gradients of a function of them, as by differentiating twice."""
     critic = double_worker().critic
+    critic.input_scale.copy_(torch.rand_like(critic.input_scale) + 0.1)  # as with scale_worker_inputs
     obs, subgoal, action = penalty_inputs()
     by_hand = gcmr.action_slope(critic, obs, subgoal, action)
     twin = action.expand(2, *action.shape).clone().requires_grad_()
@@ -323,7 +325,12 @@ def g15(box=None):
     manager = SimpleNamespace(
         actor=lambda obs, goal: (goal - obs) / 2, critic=critic, limit=torch.full((2,), 10.0, **F64)
     )
-    worker = SimpleNamespace(actor=lambda obs, subgoal: action)
+
+    def act(obs, subgoal):
+        assert obs.tolist() == [[1, 1]] and subgoal.tolist() == [[2, 0]]
+        return action
+
+    worker = SimpleNamespace(actor=act)
     loss = gcmr.planning_value_loss(
         manager, worker, SimpleNamespace(predict_next=predict_next), torch.ones(1, 2, **F64),
         torch.tensor([[4.0, 2.0]], **F64), torch.tensor([[2.0, 0.0]], **F64),
@@ -463,7 +470,8 @@ def make_buffers(rows=60):
     for buffer in (worker, manager):
         for _ in range(rows):
             row = {name: rng.normal(size=shape) for name, shape in buffer.shapes.items()}
-            buffer.add(**row | {"terminated": 0.0, **({"length": 10} if "length" in buffer.shapes else {})})
+            row["terminated"] = float(rng.random() < 0.5)
+            buffer.add(**row | ({"length": 10} if "length" in buffer.shapes else {}))
     return worker, manager
 
 
@@ -477,6 +485,87 @@ def one_worker_update(with_actor=True, with_penalty=False, with_planning=False, 
         with_actor=with_actor, with_penalty=with_penalty, with_planning=with_planning,
     )  # fmt: skip
     return worker, values(manager, dynamics) + [b.rows for b in buffers], losses
+
+
+@pytest.mark.parametrize("with_actor", [False, True])
+def test_plain_worker_update_is_hiro_s(with_actor):
+    """Whose inputs are tested by themselves; but here the critics' targets follow at every update."""
+    ends = []
+    for module in (gcmr, hiro):
+        worker, (rows, segments), args = make_worker(actor_lr=1e-2), make_buffers(), make_args()
+        torch.manual_seed(9)
+        for _ in range(6):
+            if module is gcmr:
+                gcmr.update_worker(
+                    worker, None, None, rows, segments, args,
+                    with_actor=with_actor, with_penalty=False, with_planning=False,
+                )  # fmt: skip
+            else:
+                hiro.update_worker(worker, rows, args, with_actor)
+                if not with_actor:
+                    worker.update_target_critic()
+        ends.append(values(worker))
+    assert same(*ends) and not same(ends[0], values(make_worker(actor_lr=1e-2)))
+
+
+def test_plain_manager_update_is_hiro_s(monkeypatch):
+    ends = []
+    for module in (gcmr, hiro):
+        manager, (rows, segments) = make_manager(actor_lr=1e-2), make_buffers()
+        args = make_args(adjacency_weight=0.0, landmark_weight=0.0)
+        monkeypatch.setattr(
+            module, "relabel_subgoals", lambda *inputs: inputs[-3].subgoal + torch.tensor([3.0, 4.0])
+        )
+        torch.manual_seed(9)
+        for _ in range(6):
+            if module is gcmr:
+                parts = (manager, None, None, None, None, None)
+                gcmr.update_manager(*parts, segments, rows, args, False)
+            else:
+                hiro.update_manager(manager, None, segments, args, True)
+        ends.append(values(manager))
+    assert same(*ends) and not same(ends[0], values(make_manager(actor_lr=1e-2)))
+
+
+def gradients_of(monkeypatch, step, params):
+    """The gradient of the last of those parameters in each call of that step, which does nothing else."""
+    seen = []
+    monkeypatch.setattr(
+        gcmr.TD3, step, lambda self, loss: seen.append(torch.autograd.grad(loss, getattr(self, params))[-1])
+    )
+    return seen
+
+
+def test_planning_enters_the_actor_s_loss_with_its_weight(monkeypatch):
+    """A known term 3 x (sum of the output's biases), asked for at starts of segments and their goals."""
+    grads, asked = gradients_of(monkeypatch, "actor_step", "actor_params"), []
+
+    def plan(manager, worker, dynamics, obs, goal, args):
+        asked.append(torch.cat([obs, goal], 1))
+        return 3 * worker.actor_params[-1].sum()
+
+    monkeypatch.setattr(gcmr, "rollout_planning_loss", plan)
+    for weight in (0.0, 1.0, 10.0):
+        one_worker_update(with_planning=True, rollout_planning_weight=weight)
+    torch.testing.assert_close(grads[1] - grads[0], torch.full_like(grads[0], 3.0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grads[2] - grads[0], torch.full_like(grads[0], 30.0), rtol=1e-4, atol=1e-4)
+    segments = make_buffers()[1]
+    segments = segments.unpack(segments.rows)
+    starts = torch.cat([segments.obs_seq[:, 0], segments.goal], 1)
+    assert all((row == starts).all(1).any() for row in asked[0]) and len(asked[0]) == 16
+
+
+@pytest.mark.parametrize("term", ["adjacency", "landmark"])
+def test_terms_enter_the_manager_s_loss_with_their_weights(monkeypatch, term):
+    """Known terms, the sum of all subgoals: descending them must lower the subgoals."""
+    grads = gradients_of(monkeypatch, "actor_step", "actor_params")
+    monkeypatch.setattr(gcmr, "adjacency_loss", lambda network, here, subgoal, *_: subgoal.sum())
+    monkeypatch.setattr(gcmr, "landmark_loss", lambda network, here, subgoal, *_: subgoal.sum())
+    for weight in (0.0, 1.0, 20.0):
+        weights = {"adjacency_weight": 0.0, "landmark_weight": 0.0, f"{term}_weight": weight}
+        one_manager_update(term == "landmark", **weights)
+    assert (grads[1] - grads[0] > 1).all()
+    torch.testing.assert_close(grads[2] - grads[0], 20 * (grads[1] - grads[0]), rtol=1e-3, atol=1e-3)
 
 
 def test_worker_update_touches_only_the_worker():
@@ -557,14 +646,24 @@ def test_penalty_enters_the_critic_s_loss_with_its_weight(monkeypatch):
     monkeypatch.setattr(gcmr.TD3, "critic_step", lambda self, loss: grads.append(
         torch.autograd.grad(loss, self.critic_params)[-1]
     ))  # fmt: skip
-    zero = torch.zeros(())
-    monkeypatch.setattr(
-        gcmr, "gradient_penalty", lambda worker, *_: (3 * worker.critic_params[-1].sum(), {"log": zero})
-    )
+    learned, punished, critic_loss = [], [], gcmr.TD3.critic_loss
+
+    def noted_critic_loss(self, td_target, obs, subgoal, action):
+        learned.append((obs, subgoal))
+        return critic_loss(self, td_target, obs, subgoal, action)
+
+    def penalty(worker, dynamics, obs, subgoal, args):
+        punished.append((obs, subgoal))
+        return 3 * worker.critic_params[-1].sum(), {"log": torch.zeros(())}
+
+    monkeypatch.setattr(gcmr.TD3, "critic_loss", noted_critic_loss)
+    monkeypatch.setattr(gcmr, "gradient_penalty", penalty)
     for weight in (0.0, 1.0, 10.0):
         one_worker_update(with_actor=False, with_penalty=True, gradient_penalty_weight=weight)
     torch.testing.assert_close(grads[1] - grads[0], torch.full_like(grads[0], 3.0))
     torch.testing.assert_close(grads[2] - grads[0], torch.full_like(grads[0], 30.0), rtol=1e-4, atol=1e-4)
+    for td_rows, penalty_rows in zip(learned, punished, strict=True):  # the same rows
+        assert all(a is b for a, b in zip(td_rows, penalty_rows, strict=True))
 
 
 def one_manager_update(
@@ -635,15 +734,16 @@ def test_planning_for_some_rows(monkeypatch):
     asked = []
 
     def plan(worker, graph, obs, goal, args):
-        asked.append((len(obs), len(goal)))
+        asked.append((obs, goal))
         return obs[:, :2] + torch.tensor([2.0, 0.0])
 
     monkeypatch.setattr(gcmr, "plan_landmarks", plan)
     _, losses = one_manager_update(True, planner_rows=5)
     _, all_rows = one_manager_update(True)
-    assert asked == [(5, 5), (16, 16)]
     torch.manual_seed(9)
     batch = make_buffers()[1].sample(16)
+    for (obs, goal), rows in zip(asked, (5, 16), strict=True):
+        assert torch.equal(obs, batch.obs_seq[:rows, 0]) and torch.equal(goal, batch.goal[:rows])
     subgoal = make_manager().actor(batch.obs_seq[:, 0], batch.goal)
     error = (torch.tensor([2.0, 0.0]) - subgoal).square()
     assert losses["manager/landmark_loss"].item() == pytest.approx(error[:5].mean().item(), rel=1e-4)

@@ -81,6 +81,13 @@ def test_counts_round_trip(tmp_path):
     assert vars(first) == vars(second)
 
 
+def test_latest_rows_of_a_full_ring():
+    buffer = gcmr.ReplayBuffer(5, "cpu", x=())
+    for i in range(7):
+        buffer.add(x=i)
+    assert buffer.latest(4).x.tolist() == [3, 4, 5, 6]
+
+
 # ----------------------------------------------------------------------- the loop, with recorded stand-ins
 
 
@@ -95,6 +102,11 @@ def schedule(toy_run, monkeypatch):
             SimpleNamespace(step=len(env.log) + offset, name=name, **details)
         )
 
+        def learns(optimizer, param, lr):
+            """It steps that network, at its own rate (the three differ)."""
+            (group,) = optimizer.param_groups
+            assert group["params"][0] is param and group["lr"] == lr
+
         def update_worker(worker, manager, dynamics, buffer, manager_buffer, args, **due):
             note("worker", 1, stored=len(buffer), **due)
             return {}
@@ -106,16 +118,19 @@ def schedule(toy_run, monkeypatch):
             return {}
 
         def train_dynamics(dynamics, optimizer, buffer, args, step):
+            learns(optimizer, next(dynamics.parameters()), args.dynamics_lr)
             note("dynamics", 0, given=step)
             dynamics.trained_at = step
             return {}
 
         def train_adjacency(adjacency, optimizer, args):
+            learns(optimizer, next(adjacency.parameters()), args.adjacency_lr)
             note("adjacency", 0, positions=adjacency.positions)
             adjacency.positions = 0
             return {}
 
         def train_novelty(novelty, optimizer, buffer, args, updates):
+            learns(optimizer, next(novelty.predictor.parameters()), args.novelty_lr)
             note("novelty", 0, updates=updates)
             return {}
 

@@ -1,13 +1,15 @@
 """benchmark/results.py and figures.py: the table and the figures from the files of runs."""
 
 import csv
+import dataclasses
+import importlib
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import results  # noqa: E402
@@ -58,6 +60,16 @@ def test_unfinished_runs_stand_alone(publish, tmp_path):
     assert [row[7] for row in rows] == ["50", "no", "no"]
 
 
+def test_folders_that_the_scripts_name(publish, tmp_path):
+    """runs/<env>__<script>__<variant>__...: the variant is in the settings, the table beside the folder."""
+    for variant, success in (("near", 1), ("far", 0)):
+        publish("hiro", "A", variant, 1, [success] * 5, 50)
+        (tmp_path / "results" / "hiro" / "A" / variant / "seed1").rename(tmp_path / "results" / variant)
+    results.main(results.Args(tmp_path / "results"))
+    rows = [row.split(" | ") for row in (tmp_path / "RESULTS.md").read_text().splitlines() if "hiro |" in row]
+    assert [(row[2], row[5]) for row in rows] == [("far", "0.00"), ("near", "1.00")]
+
+
 def test_no_runs(tmp_path):
     with pytest.raises(SystemExit, match="no progress.csv"):
         results.main(results.Args(tmp_path, tmp_path / "RESULTS.md"))
@@ -95,3 +107,18 @@ def test_published_agents_evaluate(agent, run, tmp_path):
     assert "eval/success" in done.out and (tmp_path / "pictures" / "eval.png").exists()
     state = torch.load(agent, weights_only=True)
     assert not any(name.endswith("optimizer") for name in [*state["manager"], *state["worker"]])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_published_runs_have_todays_settings(script):
+    """The bare command, or for cher.py's "fixed" the same, still means what was published under that name."""
+    module, run_settings, found = importlib.import_module(script), {"reward", "seed"}, 0
+    for file in (ROOT / "benchmark" / "results" / script).rglob("config.json"):
+        published = json.loads(file.read_text())["args"]
+        if file.parent.parent.name in ("default", "fixed"):
+            found += 1
+            today = dataclasses.asdict(module.parse_args(["--env", published["env"]]))
+            published = dataclasses.asdict(module.Args()) | published  # settings that came later
+            for name in today.keys() - run_settings - set(module.RESUME_MAY_CHANGE):
+                assert json.dumps(published[name]) == json.dumps(today[name]), (file, name)
+    assert found >= 3

@@ -1,5 +1,6 @@
 """Every script from the command line: what it writes, what it prints, what it refuses."""
 
+import importlib.util
 import json
 import os
 import re
@@ -7,6 +8,8 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, TINY, TINY_OF, ToyEnv, read_rows
@@ -203,6 +206,8 @@ BAD_FLAGS = [
     ("--threads -1", "--threads"),
     ("--seed 99999999999", "--seed"),
 ]
+if importlib.util.find_spec("wandb") is None:
+    BAD_FLAGS.append(("--track", "pip install wandb"))
 
 
 @pytest.mark.parametrize("flags, word", BAD_FLAGS, ids=[flags for flags, _ in BAD_FLAGS])
@@ -229,6 +234,24 @@ def test_bad_flags(script, module, capsys, flags, word):
 def test_flags_that_cannot_be_read(module, capsys, flags):
     code, text = parse(module, capsys, *flags.split())
     assert code == 2 and flags.split()[0].strip("-") in text
+
+
+def test_a_folder_holds_one_run(trained, module):
+    """A second run would mix its rows with those of the first, and --resume would go on with the first."""
+    assert f"results: {trained.folder}" in trained.result.out
+    args = module.parse_args(["--env", trained.env, "--run-dir", str(trained.folder)])
+    before = {path.name: path.read_bytes() for path in trained.folder.glob("*.*")}
+    with pytest.raises(SystemExit, match="holds a run already.*--resume"):
+        module.make_run_dir(args)
+    assert before == {path.name: path.read_bytes() for path in trained.folder.glob("*.*")}
+
+
+def test_actions_of_one_sign(module):
+    """An actor gives +-limit; an environment with other bounds would silently get half of them."""
+    env = ToyEnv()
+    env.action_space = gym.spaces.Box(0.0, 1.0, (2,), np.float32)
+    with pytest.raises(SystemExit, match="actions must lie within"):
+        module.make_agents(env, module.Args(subgoal_space="xy"), torch.device("cpu"))
 
 
 def one_line_on_stderr(result, script):
@@ -298,7 +321,8 @@ def test_checkpoint_of_another_environment(script, run, model_of, tmp_path):
     state = torch.load(model_of(script), weights_only=True)
     torch.save(state | {"args": state["args"] | {"action_limit": ()}}, tmp_path / "model.pt")
     flags[2] = tmp_path / "model.pt"
-    assert "does not fit" in one_line_on_stderr(run(script, *flags, ok=False), script)
+    text = one_line_on_stderr(run(script, *flags, ok=False), script)
+    assert "does not fit" in text and "size mismatch for layers.0.weight" in text
 
 
 def test_evaluation_keeps_the_agent(script, module, capsys, model_of, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from conftest import SCRIPTS, ToyEnv
 
 import aclg_gcmr
+import cher
 import hiro
 from common_envs import make_env
 
@@ -70,10 +71,11 @@ def test_segment_sums_and_pads():
 # --------------------------------------------------------------------------- what the worker gets to see
 
 
+@pytest.mark.parametrize("module", [hiro, cher])
 @pytest.mark.parametrize("mask", [True, False])
-def test_worker_does_not_see_its_position(mask):
-    args = hiro.Args(env="AntMaze-ULarge", mask_xy=mask, hidden=8)
-    manager, worker = hiro.make_agents(make_env(args.env), args, torch.device("cpu"))
+def test_worker_does_not_see_its_position(module, mask):
+    args = module.Args(env="AntMaze-ULarge", mask_xy=mask, hidden=8)
+    manager, worker = module.make_agents(make_env(args.env), args, torch.device("cpu"))
     seen = {}
 
     def note(name):
@@ -91,9 +93,10 @@ def test_worker_does_not_see_its_position(mask):
     assert seen["manager"][0].tolist() == list(range(1, 31)) + [0.0, 16.0]
 
 
-def test_scaled_worker_inputs():
-    args = hiro.Args(env="AntMaze-ULarge", scale_worker_inputs=True, hidden=8)
-    _, worker = hiro.make_agents(make_env(args.env), args, torch.device("cpu"))
+@pytest.mark.parametrize("module", [hiro, cher])
+def test_scaled_worker_inputs(module):
+    args = module.Args(env="AntMaze-ULarge", scale_worker_inputs=True, mask_xy=True, hidden=8)
+    _, worker = module.make_agents(make_env(args.env), args, torch.device("cpu"))
     half_range = [10, 10, 0.5, 1, 1, 1, 1, 0.5, 0.3, 0.5, 0.3, 0.5, 0.3, 0.5, 0.3]
     expected = [0, 0] + [1] * 28 + [1 / x for x in half_range] + [1 / 30] * 8
     assert worker.critic.input_scale.tolist() == pytest.approx(expected)
@@ -146,7 +149,7 @@ def test_what_the_loop_stores(loop_module, toy_run, monkeypatch, looks_ahead):
         segment, (first_obs, first_subgoal) = stored.manager[number], given[number]
         assert np.array_equal(segment.subgoal, first_subgoal) and np.all(np.abs(first_subgoal) <= 10)
         assert np.array_equal(segment.obs_seq[0], first_obs.astype(np.float32))
-        assert segment.goal.tolist() == [3, 4]
+        assert segment.goal.tolist() == [3 + number // 3, 4 + number // 3]  # each episode has its own
         assert segment.terminated == 0  # a time limit is no end
         steps_in_episode = range(begin % 23 + 1, begin % 23 + 1 + end - begin)
         assert segment.reward == pytest.approx(-0.1 * sum(steps_in_episode))
@@ -174,6 +177,10 @@ def test_what_the_loop_stores(loop_module, toy_run, monkeypatch, looks_ahead):
         assert np.allclose(segment.obs_seq[length:], env.log[end - 1][2])  # the true end, also as padding
         assert not segment.action_seq[length:].any()
     assert biggest > 10.5
+    # the manager is told the goal of the episode that it acts in; only the first start is seeded
+    asked = [goal.tolist() for agent, obs, goal, action in calls if float(agent.limit[0]) == 10]
+    assert asked == [[3, 4]] * 3 + [[4, 5]] * 3 + [[5, 6]]
+    assert env.resets == [1, None, None]
 
 
 def test_worker_looks_ahead_in_hiro_only(loop_module):
@@ -287,6 +294,13 @@ def test_evaluate():
     )
     assert metrics["eval/subgoal_halved"] == 0.5  # 1 m and 3 m of 4 are left
     assert metrics["eval/subgoal_reached"] == 0 and metrics["eval/subgoal_length"] == pytest.approx(4)
+
+
+def test_evaluation_ends_with_the_episode():
+    """Also by a death, at step 4 of 9."""
+    level = SimpleNamespace(act=lambda *_, **how: np.zeros(2, np.float32), limit=torch.tensor([10.0, 10.0]))
+    metrics = hiro.evaluate(ToyEnv(9, death=4), level, level, hiro.Args(eval_episodes=1), seed=0)
+    assert metrics["eval/return"] == -1 - 2 - 3 - 4
 
 
 def test_period_metrics():

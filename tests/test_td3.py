@@ -220,6 +220,12 @@ def test_exploration_noise_of_the_levels():
     assert (manager.gamma, worker.gamma) == (0.99, 0.99)
 
 
+def test_discounts_of_the_levels(module):
+    args = module.Args(env="PointMaze-U", manager_gamma=0.9, worker_gamma=0.8, hidden=8, subgoal_space="xy")
+    manager, worker = module.make_agents(make_env(args.env), args, torch.device("cpu"))
+    assert (manager.gamma, worker.gamma) == (0.9, 0.8)
+
+
 def test_act_takes_and_gives_numpy():
     torch.manual_seed(0)
     agent = make_td3(noise=(0.1, 0.2, 0.5))
@@ -353,6 +359,9 @@ def test_learning_rates_and_weight_decay():
         before = copies(agent)
         agent.critic_step(sum((p * 0.0).sum() for p in agent.critic_params))
         assert bool(changed(agent, before)) is moves
+        before = copies(agent)  # only critics decay
+        agent.actor_step(sum((p * 0.0).sum() for p in agent.actor_params))
+        assert not changed(agent, before)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -414,9 +423,10 @@ class Recorder(SimpleNamespace):
 
 def recorder_with_linear_q():
     """Actor: its output `action` itself; Q1 = 0.2 a_0 - 0.4 a_1, while Q2 points elsewhere."""
-    action = tensor([0.3, -0.2]).requires_grad_()
-    critic = SimpleNamespace(q1=lambda obs, goal, a: a @ tensor(0.2, -0.4))
-    return Recorder(actor=lambda obs, goal: action, critic=critic, limit=tensor(10, 10)), action
+    action, asked = tensor([0.3, -0.2]).requires_grad_(), []
+    critic = SimpleNamespace(q1=lambda obs, goal, a: asked.append((obs, goal)) or a @ tensor(0.2, -0.4))
+    actor = lambda obs, goal: asked.append((obs, goal)) or action  # noqa: E731
+    return Recorder(actor=actor, critic=critic, limit=tensor(10, 10), asked=asked), action
 
 
 def a_segment():
@@ -448,6 +458,8 @@ def test_update_worker():
     losses = hiro.update_worker(worker, buffer, hiro.Args(), with_actor=True)
     assert worker.calls[:2] == ["critic", "actor"]
     assert sorted(worker.calls[2:]) == ["target_actor", "target_critic"]
+    assert len(worker.asked) == 2  # the actor, then Q1 of what it says
+    assert all(obs is batch.obs and subgoal is batch.subgoal for obs, subgoal in worker.asked)
     assert losses["worker/actor_loss"].item() == pytest.approx(-(0.06 + 0.08))
     gradient = torch.autograd.grad(worker.losses["actor"], action)[0]
     assert gradient[0].tolist() == pytest.approx([-0.2, 0.4])  # up Q1's slope when descended
