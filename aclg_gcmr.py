@@ -13,7 +13,7 @@ This is hiro.py with subgoals in x and y and, in the order in which they were pr
            rollout_planning_loss lets the worker look one step ahead with the manager's critics
 
     every step:
-        act, and store as in hiro.py
+        act, and store as in hiro.py, but a period's last step, too, looks at the old target only
         update_worker: critics by critic_loss + gradient_penalty, several times;
                        its actor once, by -q1, now and then + rollout_planning_loss
     every manager_period steps:
@@ -114,14 +114,16 @@ class Args:
     manager_period: int = 10  # c, worker steps per subgoal
     subgoal_space: Literal["xy", "xyz", "xy_block"] = "xy"  # which first entries of obs
     subgoal_limit: tuple[float, ...] = ()  # half-range of subgoals, in metres first; empty: SUBGOAL_SPACES
-    mask_xy: bool = True  # hide obs entries 0, 1 (position) from the worker
+    mask_xy: bool = True  # hide obs entries 0, 1 (position) from the worker; True in HIRO's code
     manager_reward_scale: float = 0.1  # factor on the sum of environment rewards of a segment
     worker_reward_scale: float = 1.0  # factor on the worker's reward
-    random_subgoals: float = 0.0  # share of subgoals drawn uniformly; not in the paper
-    worker_looks_ahead: bool = False  # True as in HIRO: at a period's end it values the next subgoal
-    time_limit_is_terminal: bool = False  # the released code's way; False bootstraps through time limits
     candidates: int = 12  # K, of which one is the stored subgoal and one the displacement
     candidate_noise: float = 0.5  # std of the drawn candidates around the displacement, times half-range
+    random_subgoals: float = 0.0  # share of subgoals drawn uniformly; not in the paper
+    worker_looks_ahead: bool = False  # True as in HIRO: at a period's end it values the next subgoal
+    time_limit_is_terminal: bool = (
+        False  # as released, for the worker any end of an episode; False: bootstraps
+    )
 
     # --- TD3, both levels ---
     hidden: int = 300  # units in each of the two hidden layers
@@ -156,8 +158,8 @@ class Args:
     # --- Adjacency (HRAC) ---
     adjacency_weight: float = 20.0  # weight of adjacency_loss in the manager's actor loss
     adjacency_factor: float = 0.5  # pairs up to int(factor x period) - 1 steps apart are adjacent
-    adjacency_near: float = 1.0  # embedding distance below which adjacent cells are pulled
-    adjacency_far: float = 1.2  # beyond it other cells are pushed; the manager's margin is the mean of both
+    adjacency_near: float = 1.0  # adjacent cells are pulled together to within this embedding distance
+    adjacency_far: float = 1.2  # others are pushed apart to this; the manager's margin is the mean of both
     adjacency_every: Count = 50_000  # positions between trainings of the adjacency network
     adjacency_epochs: int = 25  # passes over all pairs of cells per training
     adjacency_batch_size: int = 64  # pairs per update
@@ -195,8 +197,8 @@ class Args:
 
     # --- Relabeling (GCMR) ---
     model_relabeling: bool = True  # score candidates on model rollouts; off: on the recorded states (HIRO)
-    rollout_weight: float = 0.95  # w, the i-th state is w^i recorded and 1 - w^i model
-    relabel_shift: float = 20.0  # delta_sg, scales with sqrt(batch_size / 128); 0: hard relabeling
+    rollout_weight: float = 0.95  # w, the i-th state is w^i recorded, 1 - w^i model; 0 and 1: all recorded
+    relabel_shift: float = 20.0  # delta_sg; for another batch_size times sqrt(it / 128); 0: hard relabeling
     relabel_norm: Literal["batch", "sample"] = "batch"  # unit of the shift: norm over the batch or row
 
     # --- Gradient penalty (GCMR) ---
@@ -307,6 +309,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if saved is not None:
         settings = load_checkpoint(saved)["args"] | {"resume": None, "checkpoint": None, "run_dir": None}
         source = f"read from {saved}"
+        if first.eval_only:
+            settings |= {"track": False, "capture_video": False}  # those of the training
         if first.eval_only and first.env not in (None, settings["env"]):
             settings |= {"env": first.env, "eval_goals": PRESETS.get(first.env, {}).get("eval_goals", ())}
     else:
@@ -334,6 +338,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def uses_adjacency(args: Args) -> bool:
     return args.adjacency_weight > 0 or (args.landmark_weight > 0 and args.landmark_space == "adjacency")
+
+
+def relabels_by_model(args: Args) -> bool:
+    return args.model_relabeling and 0 < args.rollout_weight < 1
 
 
 def check_args(args: Args):
@@ -560,12 +568,9 @@ class TD3:
         for name in self.state_dict():
             if name in state or not name.endswith("optimizer"):  # published agents come without
                 getattr(self, name).load_state_dict(state[name])
-        for optimizer in (
-            self.actor_optimizer,
-            self.critic_optimizer,
-        ):  # the file may come from another device
+        for optimizer in (self.actor_optimizer, self.critic_optimizer):
             for group in optimizer.param_groups:
-                group["capturable"] = self.limit.is_cuda
+                group["capturable"] = self.limit.is_cuda  # the file may come from another device
 
 
 def explore(agent: TD3, obs, goal, random_share: float):
@@ -614,10 +619,8 @@ class ReplayBuffer:
         )
 
     def state_dict(self) -> dict:
-        return {
-            "rows": self.rows[: len(self)].clone(),
-            "added": self.added,
-        }  # a view would save all its storage
+        rows = self.rows[: len(self)].clone()  # a view would save all its storage
+        return {"rows": rows, "added": self.added}
 
     def load_state_dict(self, state: dict):
         if len(state["rows"]) != min(state["added"], len(self.rows)):
@@ -681,7 +684,7 @@ class DynamicsEnsemble(nn.Module):
         self.register_buffer("input_std", torch.ones(sizes[0]))
         self.register_buffer("delta_mean", torch.zeros(obs_dim))
         self.register_buffer("delta_std", torch.ones(obs_dim))
-        self.register_buffer("low", torch.full((obs_dim,), torch.inf))  # box of all states seen, widened
+        self.register_buffer("low", torch.full((obs_dim,), torch.inf))  # least value seen of each entry
         self.register_buffer("high", torch.full((obs_dim,), -torch.inf))
         self.trained_at = 0  # environment step of the last training; 0: not yet
 
@@ -702,9 +705,8 @@ class DynamicsEnsemble(nn.Module):
         """
         members, rows = len(self.layers[0].weight), len(obs)
         order = torch.rand(rows, device=obs.device).argsort()
-        index = (
-            order.repeat(members)[: -(-rows // members) * members].view(-1, members).T
-        )  # [E, rows of each]
+        each = -(-rows // members)  # rows per member, rounded up
+        index = order.repeat(members)[: each * members].view(each, members).T  # [E, each]
         mean, log_var = self(obs[index], action[index])
         delta = (mean + torch.randn_like(mean) * (0.5 * log_var).exp()).transpose(0, 1).flatten(0, 1)[:rows]
         return delta[order.argsort()] * self.delta_std + self.delta_mean
@@ -722,7 +724,8 @@ class DynamicsEnsemble(nn.Module):
     def fit_statistics(self, obs, action, delta):
         inputs = torch.cat([obs, action], -1)
         self.input_mean.copy_(inputs.mean(0))
-        self.input_std.copy_(inputs.std(0))
+        std = inputs.std(0)
+        self.input_std.copy_(torch.where(std < 1e-6, 1.0, std))  # what never moved says nothing when it does
         self.delta_mean.copy_(delta.mean(0))
         self.delta_std.copy_(delta.std(0) + 1e-7)
 
@@ -858,7 +861,8 @@ def train_adjacency(adjacency: Adjacency, optimizer, args: Args) -> dict:
             loss = contrastive_loss(distance, labels[a, b], args)
             adam_step(optimizer, params, loss)
             losses.append(loss.detach())
-    return {"adjacency/loss": torch.stack(losses[-len(losses) // args.adjacency_epochs :]).mean()}
+    last = len(losses) // args.adjacency_epochs  # updates of the last pass
+    return {"adjacency/loss": torch.stack(losses[-last:]).mean()}
 
 
 # --------------------------------------------------------------------------------------------------- novelty
@@ -896,11 +900,9 @@ class Novelty(nn.Module):
         self.update_queue(obs, self.novelty(obs), args)
 
     def update_queue(self, obs, score, args: Args):
-        near = (
-            torch.cdist(self.obs[:, : self.dims], obs[:, : self.dims], compute_mode=EXACT)
-            < args.novelty_radius
-        )
-        old = ~near.any(1)  # scores are never refreshed: a place that was visited again is no longer novel
+        distance = torch.cdist(self.obs[:, : self.dims], obs[:, : self.dims], compute_mode=EXACT)
+        # scores are never refreshed: a place that was visited again is no longer novel
+        old = ~(distance < args.novelty_radius).any(1)
         obs, score = torch.cat([self.obs[old], obs]), torch.cat([self.score[old], score])
         best = score.argsort(descending=True, stable=True)
         best = best[first_occurrences(obs[best, : self.dims])][: args.novelty_landmarks]
@@ -973,9 +975,9 @@ def score_rollouts(worker: TD3, dynamics: DynamicsEnsemble, candidates, batch, h
         action = worker.actor(obs, subgoal)
         error = (batch.action_seq[:, i, None] - action.unflatten(0, (batch_size, count))) / worker.limit
         score = score - 0.5 * error.square().sum(-1) * (i < batch.length)[:, None]
-        recorded = batch.obs_seq[:, i + 1].repeat_interleave(count, 0)
         if i + 1 == batch.action_seq.shape[1]:
-            break
+            break  # where the last action leads is not scored
+        recorded = batch.obs_seq[:, i + 1].repeat_interleave(count, 0)
         weight = args.rollout_weight ** (i + 1)
         next_obs = torch.lerp(dynamics.predict_next(obs, action), recorded, weight)
         subgoal = subgoal_transition(obs[:, :dims], subgoal, next_obs[:, :dims]).clamp(
@@ -1004,7 +1006,7 @@ def relabel_subgoals(worker: TD3, dynamics: DynamicsEnsemble, batch, half_range,
     dims = batch.subgoal.shape[-1]
     displacement = batch.obs_seq[:, -1, :dims] - batch.obs_seq[:, 0, :dims]
     candidates = make_candidates(batch.subgoal, displacement, half_range, args)
-    if args.model_relabeling and dynamics.trained_at and 0 < args.rollout_weight < 1:
+    if relabels_by_model(args) and dynamics.trained_at:
         score = score_rollouts(worker, dynamics, candidates, batch, half_range, args)
     else:
         score = score_candidates(worker, candidates, batch)
@@ -1171,7 +1173,8 @@ def gradient_penalty(worker: TD3, dynamics: DynamicsEnsemble, obs, subgoal, args
     """Hinge on the critics' gradient by the action (GCMR). Returns it and numbers for the log.
 
     No Q function can change faster with the action than k = sqrt(A) L_r / (1 - gamma), where L_r is how fast
-    the reward changes with it, according to the model. obs [B, obs_dim], subgoal [B, D].
+    the reward changes with it, according to the model. obs [B, obs_dim], subgoal [B, D]. As released, that is
+    the unscaled reward: with --worker-reward-scale 1.5 (AntPush-Small) k is too low.
     """
     if args.gradient_penalty_form == "paper":
         action = worker.actor(obs, subgoal).detach()
@@ -1251,7 +1254,7 @@ class UpdateCounts:
     """Which terms are due at the worker's next critic update; the model's count from its first training."""
 
     def __init__(self):
-        self.critic = self.actor = self.critic_with_model = self.actor_with_model = 0
+        self.critic = self.critic_with_model = self.actor_with_model = 0
 
     def next(self, model_trained: bool, args: Args) -> dict:
         self.critic += 1
@@ -1265,7 +1268,6 @@ class UpdateCounts:
             planning_due = self.actor_with_model % args.rollout_planning_every == 0
             due["with_planning"] = args.rollout_planning_weight > 0 and planning_due
             self.actor_with_model += 1
-        self.actor += with_actor
         return due
 
     def state_dict(self) -> dict:
@@ -1346,12 +1348,14 @@ def update_manager(
         actor_loss = actor_loss + args.adjacency_weight * losses["manager/adjacency_loss"]
     if args.landmark_weight > 0:
         rows = args.planner_rows or args.batch_size
-        here, target_landmark = achieved[:rows], achieved[:rows]
-        weight = args.landmark_weight * args.landmark_weight_before_planner
+        here = achieved[:rows]
         if with_planner:
             graph.refresh(worker, novelty, worker_buffer, subgoal.shape[-1], args)
             target_landmark = plan_landmarks(worker, graph, obs[:rows], batch.goal[:rows], args)
             weight = args.landmark_weight
+        else:  # as released, the landmark is where one is, which pulls the subgoal to 0
+            target_landmark = here
+            weight = args.landmark_weight * args.landmark_weight_before_planner
         to_landmark = landmark_loss(adjacency, here, subgoal[:rows], target_landmark, args)
         losses["manager/landmark_loss"] = to_landmark
         actor_loss = actor_loss + weight * to_landmark
@@ -1631,9 +1635,8 @@ def freeze_run(step: int, loop: SimpleNamespace, env, device) -> dict:
     generators = {"torch": torch.get_rng_state()}
     if device.type == "cuda":
         generators["cuda"] = torch.cuda.get_rng_state(device)
-    return {"step": step, "generators": generators, "env": to_tensors(env.get_state())} | to_tensors(
-        vars(loop)
-    )
+    state = {"step": step, "generators": generators, "env": to_tensors(env.get_state())}
+    return state | to_tensors(vars(loop))
 
 
 @contextlib.contextmanager
@@ -1783,7 +1786,7 @@ def main(args: Args):
     dynamics = DynamicsEnsemble(obs_dim, len(worker.limit), args).to(device)
     adjacency = Adjacency(len(manager.limit), args).to(device)
     novelty = Novelty(obs_dim, len(manager.limit)).to(device)
-    agents = {"manager": manager, "worker": worker, "novelty": novelty}  # its landmarks are drawn
+    agents = {"manager": manager, "worker": worker, "novelty": novelty}  # novelty: for the pictures
     eval_seed = 1_000_003 * (args.seed + 1)  # far from the seeds of training
 
     if args.eval_only:
@@ -1797,12 +1800,12 @@ def main(args: Args):
         return
 
     worker_buffer, manager_buffer, segment = make_buffers(env, args, manager, worker, device)
-    adam = dict(fused=True, capturable=device.type == "cuda")
+    adam = dict(fused=True)  # these are not recorded
     dynamics_optimizer = torch.optim.Adam(dynamics.parameters(), args.dynamics_lr, **adam)
     adjacency_optimizer = torch.optim.Adam(adjacency.parameters(), args.adjacency_lr, **adam)
     novelty_optimizer = torch.optim.Adam(novelty.predictor.parameters(), args.novelty_lr, **adam)
     needs_model = (
-        args.gradient_penalty_weight > 0 or args.rollout_planning_weight > 0 or args.model_relabeling
+        args.gradient_penalty_weight > 0 or args.rollout_planning_weight > 0 or relabels_by_model(args)
     )
     counts, graph = UpdateCounts(), LandmarkGraph(device)
     parts = agents | {"worker_buffer": worker_buffer, "manager_buffer": manager_buffer, "segment": segment}
@@ -1856,9 +1859,12 @@ def main(args: Args):
         next_obs, _ = split_observation(observation)
         achieved, next_achieved, episode_over = obs[:dims], next_obs[:dims], terminated or truncated
         next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
+        worker_reward = intrinsic_reward(achieved, subgoal, next_achieved)
+        # easy to overlook: who dies counts as resting there for ever. Dying would pay if it ended negative
+        # rewards; and what a critic says of the dead, after whom nothing is ever seen, can be anything
+        if info["dead"]:
+            worker_reward /= 1 - args.worker_gamma
         segment.add(action, reward, next_obs)
-
-        terminal = terminated or (truncated and args.time_limit_is_terminal)
 
         # ---- close the segment
         if segment.length == period or episode_over:
@@ -1867,7 +1873,7 @@ def main(args: Args):
                 goal=goal,
                 subgoal=loop.first_subgoal,
                 reward=args.manager_reward_scale * segment.reward,
-                terminated=terminal,
+                terminated=terminated or (truncated and args.time_limit_is_terminal),
             )
             xy_rows = (segment.obs_seq[0, :2], loop.first_subgoal[:2], next_obs[:2])
             loop.periods.append(np.concatenate(xy_rows).tolist())
@@ -1878,12 +1884,6 @@ def main(args: Args):
         issued = segment.length == 0 and not episode_over  # a new subgoal
         if issued and args.worker_looks_ahead:
             next_subgoal = loop.first_subgoal
-
-        worker_reward = intrinsic_reward(achieved, subgoal, next_achieved)
-        # easy to overlook: who dies counts as resting there for ever. Dying would pay if it ended negative
-        # rewards; and what a critic says of the dead, after whom nothing is ever seen, can be anything
-        if info["dead"]:
-            worker_reward /= 1 - args.worker_gamma
 
         # ---- store; easy to overlook: the subgoal that the worker acted on, together with its successor
         worker_buffer.add(

@@ -15,7 +15,7 @@ it prefers subgoals that the worker can follow. Both levels learn from the same 
             coop_weight: fixed, or learned so that the worker's value comes near --coop-delta
         update_worker: TD3 on the sampled steps; the last one of a period, too, looks at the old target only
     every manager_period steps:
-        store the segment; with --hindsight also as if its end had been its subgoal
+        store the segment; with --hindsight as if its end had been its subgoal, now and then also as it was
 
     python cher.py --coop-weight 0                            # HRL; in the end it says which delta to use
     python cher.py --coop-delta -300                          # CHER with a learned weight
@@ -115,13 +115,13 @@ class Args:
     manager_period: int = 10  # c, worker steps per subgoal
     subgoal_space: Literal["full", "xyz", "xy"] = "full"  # which first entries of obs; "xy": as later papers
     subgoal_limit: tuple[float, ...] = ()  # half-range of subgoals, in metres first; empty: SUBGOAL_SPACES
-    mask_xy: bool = False  # hide obs entries 0, 1 (position) from the worker, as HIRO does
+    mask_xy: bool = False  # hide obs entries 0, 1 (position) from the worker; True in HIRO's code
     manager_reward_scale: float = 0.1  # factor on the sum of environment rewards of a segment
-    relabeling: Literal["off_policy", "fun", "none"] = "none"  # HIRO's correction and its ablation
+    relabeling: Literal["off_policy", "fun", "none"] = "none"  # HIRO's correction and its two ablations
     candidates: int = 10  # K, of which one is the stored subgoal and one the displacement
     candidate_noise: float = 0.5  # std of the drawn candidates around the displacement, times half-range
-    random_subgoals: float = 0.0  # share of subgoals drawn uniformly; not in the paper
     fun_noise: float = 0.1  # std of the only draw of --relabeling fun, times half-range
+    random_subgoals: float = 0.0  # share of subgoals drawn uniformly; not in the paper
 
     # --- Cooperation (CHER section 4) ---
     coop_weight: float = 0.005  # lambda, the weight of cooperative_loss without --coop-delta; 0: naive HRL
@@ -251,6 +251,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if saved is not None:
         settings = load_checkpoint(saved)["args"] | {"resume": None, "checkpoint": None, "run_dir": None}
         source = f"read from {saved}"
+        if first.eval_only:
+            settings |= {"track": False, "capture_video": False}  # those of the training
         if first.eval_only and first.env not in (None, settings["env"]):
             settings |= {"env": first.env, "eval_goals": PRESETS.get(first.env, {}).get("eval_goals", ())}
     else:
@@ -505,12 +507,9 @@ class TD3:
         for name in self.state_dict():
             if name in state or not name.endswith("optimizer"):  # published agents come without
                 getattr(self, name).load_state_dict(state[name])
-        for optimizer in (
-            self.actor_optimizer,
-            self.critic_optimizer,
-        ):  # the file may come from another device
+        for optimizer in (self.actor_optimizer, self.critic_optimizer):
             for group in optimizer.param_groups:
-                group["capturable"] = self.limit.is_cuda
+                group["capturable"] = self.limit.is_cuda  # the file may come from another device
 
 
 def explore(agent: TD3, obs, goal, random_share: float):
@@ -570,10 +569,8 @@ class ReplayBuffer:
         )
 
     def state_dict(self) -> dict:
-        return {
-            "rows": self.rows[: len(self)].clone(),
-            "added": self.added,
-        }  # a view would save all its storage
+        rows = self.rows[: len(self)].clone()  # a view would save all its storage
+        return {"rows": rows, "added": self.added}
 
     def load_state_dict(self, state: dict):
         if len(state["rows"]) != min(state["added"], len(self.rows)):
@@ -760,15 +757,15 @@ def update_worker(worker: TD3, batch, args: Args, with_actor: bool) -> dict:
     batch = worker_rows(batch)
     td_target = worker.td_target(batch.reward, batch.terminated, batch.next_obs, batch.next_subgoal)
     critic_loss, q = worker.critic_loss(td_target, batch.obs, batch.subgoal, batch.action)
-    worker.critic_step(critic_loss)
     losses = {"worker/critic_loss": critic_loss, "worker/q": q}
+    worker.critic_step(critic_loss)
     if with_actor:
         action = worker.actor(batch.obs, batch.subgoal)
         actor_loss = -worker.critic.q1(batch.obs, batch.subgoal, action).mean()
+        losses["worker/actor_loss"] = actor_loss
         worker.actor_step(actor_loss)
         worker.update_target_critic()
         worker.update_target_actor()
-        losses["worker/actor_loss"] = actor_loss
     return {name: loss.detach() for name, loss in losses.items()}
 
 
@@ -796,12 +793,12 @@ def update_manager(
             coop_weight.update(-coop_loss)
     if with_actor:
         actor_loss = -manager.critic.q1(obs, batch.goal, subgoal).mean()
+        losses["manager/actor_loss"] = actor_loss
         if args.coop_weight > 0:
             actor_loss = actor_loss + weight * coop_loss
         manager.actor_step(actor_loss)
         manager.update_target_critic()
         manager.update_target_actor()
-        losses["manager/actor_loss"] = actor_loss
     return {name: loss.detach() for name, loss in losses.items()}
 
 
@@ -1129,9 +1126,8 @@ def freeze_run(step: int, loop: SimpleNamespace, env, device) -> dict:
     generators = {"torch": torch.get_rng_state()}
     if device.type == "cuda":
         generators["cuda"] = torch.cuda.get_rng_state(device)
-    return {"step": step, "generators": generators, "env": to_tensors(env.get_state())} | to_tensors(
-        vars(loop)
-    )
+    state = {"step": step, "generators": generators, "env": to_tensors(env.get_state())}
+    return state | to_tensors(vars(loop))
 
 
 @contextlib.contextmanager

@@ -342,9 +342,9 @@ class AntEnv(gym.Env):
         return np.sqrt((delta * delta).sum(-1))
 
     def _reward(self, distance):
-        return (
-            -distance if self.reward == "dense" else np.where(distance > self.task.success_radius, -1.0, 0.0)
-        )
+        if self.reward == "dense":
+            return -distance
+        return np.where(distance > self.task.success_radius, -1.0, 0.0)
 
     def _success(self, distance):
         radius = self.task.success_radius
@@ -361,9 +361,8 @@ class AntEnv(gym.Env):
 
     def _observation(self):
         qpos, qvel = self.data.qpos, self.data.qvel
-        if (
-            self.task.observe_block
-        ):  # GCMR: ant x, y, block x, y; then ant x, y, z, block x, y, z, rest of ant
+        if self.task.observe_block:
+            # GCMR: ant x, y, block x, y; then ant x, y, z, block x, y, z, rest of ant
             block = self.block_origin.copy()
             block[:2] += qpos[15:17]
             return np.concatenate((qpos[:2], block[:2], qpos[:3], block, qpos[3:15], qvel[:14]))
@@ -434,10 +433,8 @@ class AntEnv(gym.Env):
 
     def _set_physics(self, physics):
         mujoco.mj_setState(self.model, self.data, physics, STATE)
-        mujoco.mj_forward(
-            self.model, self.data
-        )  # for derived quantities; it may touch the state, hence again:
-        mujoco.mj_setState(self.model, self.data, physics, STATE)
+        mujoco.mj_forward(self.model, self.data)  # for derived quantities
+        mujoco.mj_setState(self.model, self.data, physics, STATE)  # mj_forward may have touched it
 
     # -- pictures
 

@@ -111,14 +111,14 @@ class Args:
     manager_period: int = 10  # c, worker steps per subgoal
     subgoal_space: Literal["full", "xyz", "xy"] = "full"  # which first entries of obs; "xy": as later papers
     subgoal_limit: tuple[float, ...] = ()  # half-range of subgoals, in metres first; empty: SUBGOAL_SPACES
-    mask_xy: bool = True  # hide obs entries 0, 1 (position) from the worker, as the released code does
+    mask_xy: bool = True  # hide obs entries 0, 1 (position) from the worker; True in HIRO's code
     manager_reward_scale: float = 0.1  # factor on the sum of environment rewards of a segment
-    relabeling: Literal["off_policy", "fun", "none"] = "off_policy"  # the correction and its two ablations
+    relabeling: Literal["off_policy", "fun", "none"] = "off_policy"  # HIRO's correction and its two ablations
     candidates: int = 10  # K, of which one is the stored subgoal and one the displacement
     candidate_noise: float = 0.5  # std of the drawn candidates around the displacement, times half-range
+    fun_noise: float = 0.1  # std of the only draw of --relabeling fun, times half-range
     random_subgoals: float = 0.0  # share of subgoals drawn uniformly; not in the paper
     worker_looks_ahead: bool = True  # at a period's end it values the manager's next subgoal, as released
-    fun_noise: float = 0.1  # std of the only draw of --relabeling fun, times half-range
 
     # --- TD3, both levels ---
     hidden: int = 300  # units in each of the two hidden layers
@@ -237,6 +237,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if saved is not None:
         settings = load_checkpoint(saved)["args"] | {"resume": None, "checkpoint": None, "run_dir": None}
         source = f"read from {saved}"
+        if first.eval_only:
+            settings |= {"track": False, "capture_video": False}  # those of the training
         if first.eval_only and first.env not in (None, settings["env"]):
             settings |= {"env": first.env, "eval_goals": PRESETS.get(first.env, {}).get("eval_goals", ())}
     else:
@@ -473,12 +475,9 @@ class TD3:
         for name in self.state_dict():
             if name in state or not name.endswith("optimizer"):  # published agents come without
                 getattr(self, name).load_state_dict(state[name])
-        for optimizer in (
-            self.actor_optimizer,
-            self.critic_optimizer,
-        ):  # the file may come from another device
+        for optimizer in (self.actor_optimizer, self.critic_optimizer):
             for group in optimizer.param_groups:
-                group["capturable"] = self.limit.is_cuda
+                group["capturable"] = self.limit.is_cuda  # the file may come from another device
 
 
 def explore(agent: TD3, obs, goal, random_share: float):
@@ -522,10 +521,8 @@ class ReplayBuffer:
         )
 
     def state_dict(self) -> dict:
-        return {
-            "rows": self.rows[: len(self)].clone(),
-            "added": self.added,
-        }  # a view would save all its storage
+        rows = self.rows[: len(self)].clone()  # a view would save all its storage
+        return {"rows": rows, "added": self.added}
 
     def load_state_dict(self, state: dict):
         if len(state["rows"]) != min(state["added"], len(self.rows)):
@@ -620,15 +617,15 @@ def update_worker(worker: TD3, buffer: ReplayBuffer, args: Args, with_actor: boo
     batch = buffer.sample(args.batch_size)
     td_target = worker.td_target(batch.reward, batch.terminated, batch.next_obs, batch.next_subgoal)
     critic_loss, q = worker.critic_loss(td_target, batch.obs, batch.subgoal, batch.action)
-    worker.critic_step(critic_loss)
     losses = {"worker/critic_loss": critic_loss, "worker/q": q}
+    worker.critic_step(critic_loss)
     if with_actor:
         action = worker.actor(batch.obs, batch.subgoal)
         actor_loss = -worker.critic.q1(batch.obs, batch.subgoal, action).mean()
+        losses["worker/actor_loss"] = actor_loss
         worker.actor_step(actor_loss)
         worker.update_target_critic()
         worker.update_target_actor()
-        losses["worker/actor_loss"] = actor_loss
     return {name: loss.detach() for name, loss in losses.items()}
 
 
@@ -650,10 +647,10 @@ def update_manager(manager: TD3, worker: TD3, buffer: ReplayBuffer, args: Args, 
     if with_actor:
         subgoal = manager.actor(obs, batch.goal)
         actor_loss = -manager.critic.q1(obs, batch.goal, subgoal).mean()
+        losses["manager/actor_loss"] = actor_loss
         manager.actor_step(actor_loss)
         manager.update_target_critic()
         manager.update_target_actor()
-        losses["manager/actor_loss"] = actor_loss
     return {name: loss.detach() for name, loss in losses.items()}
 
 
@@ -927,9 +924,8 @@ def freeze_run(step: int, loop: SimpleNamespace, env, device) -> dict:
     generators = {"torch": torch.get_rng_state()}
     if device.type == "cuda":
         generators["cuda"] = torch.cuda.get_rng_state(device)
-    return {"step": step, "generators": generators, "env": to_tensors(env.get_state())} | to_tensors(
-        vars(loop)
-    )
+    state = {"step": step, "generators": generators, "env": to_tensors(env.get_state())}
+    return state | to_tensors(vars(loop))
 
 
 @contextlib.contextmanager
@@ -1131,6 +1127,11 @@ def main(args: Args):
         next_obs, _ = split_observation(observation)
         achieved, next_achieved, episode_over = obs[:dims], next_obs[:dims], terminated or truncated
         next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
+        worker_reward = intrinsic_reward(achieved, subgoal, next_achieved)
+        # easy to overlook: who dies counts as resting there for ever. Dying would pay if it ended negative
+        # rewards; and what a critic says of the dead, after whom nothing is ever seen, can be anything
+        if info["dead"]:
+            worker_reward /= 1 - args.worker_gamma
         segment.add(action, reward, next_obs)
 
         # ---- close the segment
@@ -1151,12 +1152,6 @@ def main(args: Args):
         issued = segment.length == 0 and not episode_over  # a new subgoal
         if issued and args.worker_looks_ahead:
             next_subgoal = loop.first_subgoal
-
-        worker_reward = intrinsic_reward(achieved, subgoal, next_achieved)
-        # easy to overlook: who dies counts as resting there for ever. Dying would pay if it ended negative
-        # rewards; and what a critic says of the dead, after whom nothing is ever seen, can be anything
-        if info["dead"]:
-            worker_reward /= 1 - args.worker_gamma
 
         # ---- store; easy to overlook: the subgoal that the worker acted on, together with its successor
         worker_buffer.add(

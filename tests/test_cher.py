@@ -265,6 +265,19 @@ def test_weight_0_is_the_update_without_the_term(monkeypatch):
     assert same(trained[cher], trained[hiro])
 
 
+def test_logged_actor_loss_is_q1_alone():
+    """The term has columns of its own, so that runs with and without it can be compared."""
+    logged = []
+    for weight in (0.0, 5.0):
+        torch.manual_seed(0)
+        args, manager, worker = toy_agents(coop_weight=weight)
+        batch, before = random_batch(), params(manager)
+        learned = cher.CoopWeight(args, CPU)
+        logged.append(cher.update_manager(manager, worker, learned, batch, args, True, False))
+        assert not same(before, params(manager))
+    assert logged[0]["manager/actor_loss"] == logged[1]["manager/actor_loss"]
+
+
 def test_worker_update_is_hiro_s():
     """Bit for bit what hiro.py's makes of the same rows; which rows those are is tested above."""
     trained = {}

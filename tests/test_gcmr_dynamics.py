@@ -428,3 +428,22 @@ def test_training_goes_on_the_same_after_a_round_trip(trained, tmp_path):
         results.append(gcmr.train_dynamics(model, adam, buffer, args, 900))
     assert results[0] == results[1]
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+
+
+def test_an_entry_that_never_moved():
+    """Constant in the data, as a block before the first push: its first move must not be an input of 1e6."""
+    torch.manual_seed(0)
+    dynamics = make_ensemble(3)
+    obs = torch.randn(50, 3)
+    obs[:, 1] = 4.0
+    dynamics.fit_statistics(obs, torch.randn(50, 2), torch.randn(50, 3))
+    still, action = torch.tensor([[0.0, 4.0, 0.0]]), torch.zeros(1, 2)
+    moved = torch.tensor([[0.0, 4.1, 0.0]])
+    by_hand = torch.cat([still, action], 1) - dynamics.input_mean
+    inputs = []
+    hook = lambda layer, given: inputs.append(given[0][0, 0])  # noqa: E731
+    dynamics.layers[0].register_forward_pre_hook(hook)
+    dynamics(still, action)
+    dynamics(moved, action)
+    assert inputs[0][1] == by_hand[0, 1] == 0
+    assert inputs[1][1].item() == pytest.approx(0.1, rel=1e-4)

@@ -331,6 +331,9 @@ def test_evaluation_keeps_the_agent(script, module, capsys, model_of, tmp_path):
     args, _ = parse(module, capsys, *flags, "--eval-episodes", 3, "--seed", 7, "--reached-radius", 2)
     assert (args.eval_episodes, args.seed, args.reached_radius) == (3, 7, 2.0)
     old = torch.load(model_of(script), weights_only=True)
+    torch.save(old | {"args": old["args"] | {"track": True, "capture_video": True}}, tmp_path / "tracked.pt")
+    args, _ = parse(module, capsys, flags[0], flags[1], tmp_path / "tracked.pt")
+    assert args.track is args.capture_video is False  # those were for the training
     old["args"].pop("subgoal_limit")  # from before that setting, so with its default
     torch.save(old, tmp_path / "old.pt")
     code, text = parse(module, capsys, flags[0], flags[1], tmp_path / "old.pt", "--subgoal-limit", 2, 2)
