@@ -36,6 +36,7 @@ import math
 import os
 import re
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +90,9 @@ class Maze:
     def __init__(self, rows, cell_size):
         self.rows, self.size = rows, cell_size
         self.cells = [(row, col, mark) for row, line in enumerate(rows) for col, mark in enumerate(line)]
+        marks = {mark for _, _, mark in self.cells}
+        if "S" not in marks or marks - set("#S.oXZ"):
+            raise ValueError(f"a maze needs an S and only the marks # S . o X Z: {rows}")
         self.origin = next((row, col) for row, col, mark in self.cells if mark == "S")
         self.starts = [self.centre(row, col) for row, col, mark in self.cells if mark == "S"]
         self.walls = frozenset((row, col) for row, col, mark in self.cells if mark == "#")
@@ -144,7 +148,7 @@ class EnvSpec:
     reward_dims: int = 2  # leading goal entries that count for reward and success
     success_on_radius: bool = False  # distance == radius is a success with the dense reward, too
     early_stop: str = ""  # training ends at a step 10, 20, ..: "reached" after, "inside" during a success
-    exact_start: bool = False  # start at the exact centre of a start cell, no noise on x, y
+    exact_start: bool = False  # start at the centre of a start cell, no noise on x, y; so with several S
     xy_noise: float = 0.0  # standard deviation of the noise on x, y after each step, m
     observe_time: bool = True
     observe_block: bool = False
@@ -203,9 +207,9 @@ def build_model(task, xml):
     spec, maze = mujoco.MjSpec.from_file(str(ASSETS / xml)), Maze(MAZES[task.maze], task.cell)
     blocks = [cell for cell in maze.cells if cell[2] in BLOCKS]
     spec.geom("floor").rgba = (0.4, 0.45, 0.4, 1)  # colours only
+    spec.body("torso").pos[2] += maze.floor_z
     if xml == "ant.xml":
         spec.option.timestep = 0.02  # 5 of them make the step of 0.1 s
-        spec.body("torso").pos[2] += maze.floor_z
         for motor in spec.actuators:  # Gymnasium: gear 150, controls in [-1, 1]
             motor.gear, motor.ctrlrange = [1, 0, 0, 0, 0, 0], [-30, 30]
         # easy to overlook: the default reaches geoms added later, those of the file have their own copy
@@ -231,9 +235,10 @@ def build_model(task, xml):
             add_box(spec.worldbody, (x, y, centre_z), (half, half, wall_height), **wall)
     for x, y, half_x, half_y in task.slabs:
         add_box(spec.worldbody, (x, y, centre_z), (half_x, half_y, wall_height), **wall)
-    for row, col, mark in blocks:
+    for number, (row, col, mark) in enumerate(blocks):
         mass, scale, axes = BLOCKS[mark]
-        body = spec.worldbody.add_body(name="block", pos=(*maze.centre(row, col), maze.floor_z + height))
+        place = dict(name=f"block{number or ''}", pos=(*maze.centre(row, col), maze.floor_z + height))
+        body = spec.worldbody.add_body(**place)
         add_box(body, (0, 0, 0), (half * scale, half * scale, height), rgba=(0.8, 0.35, 0.2, 1), mass=mass)
         for axis, cells in axes:
             options = dict(armature=0, damping=0, margin=0.01)  # the defaults are those of the ant's hinges
@@ -301,7 +306,7 @@ class AntEnv(gym.Env):
         # The noise changes the norm of the root's quaternion. The MuJoCo of the papers normalised it in place
         # before the first observation was read, today's mj_forward does not.
         mujoco.mj_normalizeQuat(self.model, self.data.qpos)
-        if self.task.exact_start:
+        if self.task.exact_start or len(self.maze.starts) > 1:
             self.data.qpos[:2] = self.maze.starts[self.np_random.integers(len(self.maze.starts))]
         self._start_episode()
         mujoco.mj_forward(self.model, self.data)
@@ -344,7 +349,7 @@ class AntEnv(gym.Env):
     def _reward(self, distance):
         if self.reward == "dense":
             return -distance
-        return np.where(distance > self.task.success_radius, -1.0, 0.0)
+        return np.where(distance > self.task.success_radius, -1.0, 0.0)[()]  # of a single pair a number
 
     def _success(self, distance):
         radius = self.task.success_radius
@@ -357,7 +362,14 @@ class AntEnv(gym.Env):
 
     def _simulate(self, action):
         self.data.ctrl[:] = action
+        self._advance()
+
+    def _advance(self):
+        """The physics of a step. MuJoCo starts anew, without a word, from a state that is not finite."""
+        before = self.data.time
         mujoco.mj_step(self.model, self.data, self.substeps)
+        if self.data.time <= before:
+            raise FloatingPointError(f"{self.task.id}: the simulation diverged in step {self.steps + 1}")
 
     def _observation(self):
         qpos, qvel = self.data.qpos, self.data.qvel
@@ -477,6 +489,7 @@ class AntEnv(gym.Env):
             self._viewer.user_scn.ngeom = 0
             self._add_markers(self._viewer.user_scn)
         self._viewer.sync()
+        time.sleep(1 / self.metadata["render_fps"])  # about real time
 
     def _aim(self, camera):
         """From the south, steeply down, all boxes of the maze in view."""
@@ -513,12 +526,12 @@ class PointEnv(AntEnv):
 
     def _simulate(self, action):
         speed, turn = float(action[0]), float(action[1])
-        x, y, heading = self.data.qpos.tolist()
+        x, y, heading = self.data.qpos[:3].tolist()
         heading += turn
         x, y = x + 0.2 * speed * math.cos(heading), y + 0.2 * speed * math.sin(heading)
-        self.data.qpos[:] = min(max(x, -100.0), 100.0), min(max(y, -100.0), 100.0), heading
+        self.data.qpos[:3] = min(max(x, -100.0), 100.0), min(max(y, -100.0), 100.0), heading
         # The velocities of the reset noise and of contacts stay: friction stops x and y, the spin goes on.
-        mujoco.mj_step(self.model, self.data, self.substeps)
+        self._advance()
 
     def _info(self, success):
         return {"is_success": success, "torso_height": 0.5, "upside_down": False, "dead": False}
@@ -614,6 +627,8 @@ def make_env(env_id, reward=None, evaluate=False, render_mode=None, **kwargs):
     task = SPECS[env_id]
     return ROBOTS[task.kind](task, reward=reward, evaluate=evaluate, render_mode=render_mode, **kwargs)
 
+
+make_env.metadata = AntEnv.metadata  # gymnasium.make looks here for render modes, as for "rgb_array_list"
 
 for _id in SPECS:  # no max_episode_steps: the environments count their steps themselves
     if f"{_id}-v0" not in gym.registry:

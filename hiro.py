@@ -436,7 +436,10 @@ class TD3:
         action = self.actor(obs, goal)[0]
         if explore:
             action = (action + torch.randn_like(action) * self.noise).clamp(-self.limit, self.limit)
-        return action.cpu().numpy()
+        action = action.cpu().numpy()
+        if not np.isfinite(action).all():
+            fail("an actor's output is not finite, its training diverged; the last good model is kept")
+        return action
 
     @torch.no_grad()
     def td_target(self, reward, terminated, next_obs, next_goal):

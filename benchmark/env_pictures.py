@@ -47,7 +47,7 @@ def repaint(env):
     model = env.model
     model.geom_matid[model.geom("floor").id] = -1  # without the squares, in which an ant is hard to find
     names = np.array([model.body(body).name for body in model.geom_bodyid])
-    model.geom_rgba[(names != "world") & (names != "block")] = (0.1, 0.1, 0.7, 1)
+    model.geom_rgba[(names != "world") & ~np.char.startswith(names, "block")] = (0.1, 0.1, 0.7, 1)
     boxes = np.flatnonzero((model.geom_bodyid == 0) & (model.geom_type == mujoco.mjtGeom.mjGEOM_BOX))
     for number in range(len(env.task.slabs)):  # slabs come last
         model.geom_pos[boxes[-1 - number], 2] -= 0.03 * (number + 1)

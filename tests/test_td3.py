@@ -240,6 +240,16 @@ def test_act_takes_and_gives_numpy():
     assert abs(np.corrcoef(draws.T)[0, 1]) < 0.1
 
 
+@pytest.mark.parametrize("explore", [True, False])
+def test_a_broken_actor_does_not_act(explore):
+    """MuJoCo would take NaN for 0, and the run would go on until the next look at the losses."""
+    agent = make_td3()
+    with torch.no_grad():
+        agent.actor_params[0].fill_(torch.nan)
+    with pytest.raises(SystemExit, match="hiro.py: error: an actor's output is not finite"):
+        agent.act(np.zeros(3, np.float32), np.zeros(2, np.float32), explore)
+
+
 def test_explore():
     """The policy, or uniform within the limit with the given chance."""
     torch.manual_seed(0)
