@@ -603,6 +603,20 @@ def test_plan_goes_round_the_wall():
     assert step[0, 0] > 1.5  # to the right, although the goal is straight above
 
 
+def test_a_first_edge_that_is_too_long_is_cut():
+    """Straight over (10, 0) would cost 48, over (6, 3) 53.7; but the first edge of 40 is beyond -38."""
+    spots = torch.tensor([[10.0, 0.0], [6.0, 3.0]])
+    buffer = SimpleNamespace(
+        sample=lambda count: SimpleNamespace(obs=torch.cat([spots, torch.zeros(2, 3)], 1))
+    )
+    novelty = SimpleNamespace(obs=torch.zeros(0, 5))
+    obs, goal = torch.zeros(1, 5), torch.tensor([[12.0, 0.0]])
+    planned = plan(wall_worker(), novelty, buffer, obs, goal, make_args())
+    torch.testing.assert_close(planned, torch.tensor([[6.0, 3.0]]) * 2 / 45**0.5)
+    planned = plan(wall_worker(), novelty, buffer, obs, goal, make_args(edge_cutoff=-41.0))
+    torch.testing.assert_close(planned, torch.tensor([[2.0, 0.0]]))
+
+
 def test_plan_with_networks_and_without_gradient():
     worker, novelty = make_worker(), gcmr.Novelty(6, 2)
     novelty.visit(torch.randn(50, 6) * 3, make_args())
