@@ -121,9 +121,7 @@ class Args:
     candidate_noise: float = 0.5  # std of the drawn candidates around the displacement, times half-range
     random_subgoals: float = 0.0  # share of subgoals drawn uniformly; not in the paper
     worker_looks_ahead: bool = False  # True as in HIRO: at a period's end it values the next subgoal
-    time_limit_is_terminal: bool = (
-        False  # as released, for the worker any end of an episode; False: bootstraps
-    )
+    time_limit_is_terminal: bool = False  # True as released: every end of an episode is terminal
 
     # --- TD3, both levels ---
     hidden: int = 300  # units in each of the two hidden layers
@@ -185,7 +183,7 @@ class Args:
     path_heat: float = 0.9  # inverse temperature of "soft"
 
     # --- Dynamics model (GCMR) ---
-    dynamics_members: int = 5  # E
+    dynamics_members: int = 5  # E, networks of the ensemble
     dynamics_hidden: int = 256  # units in each of the two hidden layers
     dynamics_lr: float = 5e-3  # Adam
     dynamics_batch_size: int = 512  # rows per member and update
@@ -531,7 +529,7 @@ class TD3:
             action = (action + torch.randn_like(action) * self.noise).clamp(-self.limit, self.limit)
         action = action.cpu().numpy()
         if not np.isfinite(action).all():
-            fail("an actor's output is not finite, its training diverged; the last good model is kept")
+            fail("an actor's output is not finite: it diverged, or obs is not finite; model.pt is as it was")
         return action
 
     @torch.no_grad()
@@ -1699,8 +1697,10 @@ def load_run(path: str, parts: dict, env, device, fresh) -> tuple[int, SimpleNam
     state = load_checkpoint(path)
     if "loop" not in state:
         fail(f"{path} holds networks only; resume from a checkpoint.pt (--save-every)")
-    if state["loop"].keys() - {"step", "env", "generators"} != vars(fresh).keys():
-        fail(f"{path} was written by another version of {SCRIPT}.py; use that one (see config.json)")
+    differ = (state["loop"].keys() - {"step", "env", "generators"}) ^ vars(fresh).keys()
+    if differ:
+        names = ", ".join(sorted(differ))
+        fail(f"{path} is of another version of {SCRIPT}.py ({names}): use that one (see config.json)")
     load_parts(parts, state, path)
     loop = {name: value.numpy() if torch.is_tensor(value) else value for name, value in state["loop"].items()}
     generators = loop.pop("generators")
@@ -1815,7 +1815,7 @@ def main(args: Args):
     parts |= {"dynamics": dynamics, "adjacency": adjacency, "counts": counts, "graph": graph}
     parts |= {"dynamics_optimizer": dynamics_optimizer, "adjacency_optimizer": adjacency_optimizer}
     parts |= {"novelty_optimizer": novelty_optimizer}
-    run_dir, period, dims = make_run_dir(args), args.manager_period, len(manager.limit)
+    period, dims = args.manager_period, len(manager.limit)
 
     # ---- start, or continue
     first_step, loop = 1, SimpleNamespace(losses={}, seconds=0.0, periods=[], heights=[], flips=[])
@@ -1826,13 +1826,14 @@ def main(args: Args):
     segment.start(loop.obs)
     if args.resume:
         first_step, loop = load_run(args.resume, parts, env, device, loop)
+        if first_step > args.total_steps:
+            fail(f"{args.resume} is at step {first_step - 1} already; raise --total-steps")
+    run_dir = make_run_dir(args)  # after all refusals: its config.json still tells who wrote the checkpoint
     learn_worker = cuda_graph(update_worker, args, device)  # the manager's planner is steered by the CPU
     stop = []  # signals received
     handlers = {n: signal.signal(n, lambda number, frame: stop.append(number)) for n in STOP_SIGNALS}
     writer = SummaryWriter(str(run_dir), purge_step=first_step)
     progress = tqdm(total=args.total_steps, initial=first_step - 1, unit="step", mininterval=2, disable=None)
-    if first_step > args.total_steps:
-        fail(f"{args.resume} is at step {first_step - 1} already; raise --total-steps")
     begin, last_time, last_step = time.time() - loop.seconds, time.time(), first_step - 1
 
     for step in range(first_step, args.total_steps + 1):
@@ -1961,4 +1962,7 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except FloatingPointError as error:  # of the simulation; deterministic, so --resume would meet it again
+        fail(f"{error}; take another --seed")

@@ -470,7 +470,7 @@ class TD3:
             action = (action + torch.randn_like(action) * self.noise).clamp(-self.limit, self.limit)
         action = action.cpu().numpy()
         if not np.isfinite(action).all():
-            fail("an actor's output is not finite, its training diverged; the last good model is kept")
+            fail("an actor's output is not finite: it diverged, or obs is not finite; model.pt is as it was")
         return action
 
     @torch.no_grad()
@@ -1190,8 +1190,10 @@ def load_run(path: str, parts: dict, env, device, fresh) -> tuple[int, SimpleNam
     state = load_checkpoint(path)
     if "loop" not in state:
         fail(f"{path} holds networks only; resume from a checkpoint.pt (--save-every)")
-    if state["loop"].keys() - {"step", "env", "generators"} != vars(fresh).keys():
-        fail(f"{path} was written by another version of {SCRIPT}.py; use that one (see config.json)")
+    differ = (state["loop"].keys() - {"step", "env", "generators"}) ^ vars(fresh).keys()
+    if differ:
+        names = ", ".join(sorted(differ))
+        fail(f"{path} is of another version of {SCRIPT}.py ({names}): use that one (see config.json)")
     load_parts(parts, state, path)
     loop = {name: value.numpy() if torch.is_tensor(value) else value for name, value in state["loop"].items()}
     generators = loop.pop("generators")
@@ -1300,7 +1302,7 @@ def main(args: Args):
     coop_weight = CoopWeight(args, device)
     buffer, segment = make_buffers(env, args, manager, worker, device)
     parts = agents | {"coop_weight": coop_weight, "buffer": buffer, "segment": segment}
-    run_dir, period, dims = make_run_dir(args), args.manager_period, len(manager.limit)
+    period, dims = args.manager_period, len(manager.limit)
 
     # ---- start, or continue
     first_step, loop = 1, SimpleNamespace(losses={}, seconds=0.0, periods=[], heights=[], flips=[])
@@ -1311,6 +1313,9 @@ def main(args: Args):
     segment.start(loop.obs, loop.subgoal)
     if args.resume:
         first_step, loop = load_run(args.resume, parts, env, device, loop)
+        if first_step > args.total_steps:
+            fail(f"{args.resume} is at step {first_step - 1} already; raise --total-steps")
+    run_dir = make_run_dir(args)  # after all refusals: its config.json still tells who wrote the checkpoint
     # the updates are recorded on the batch that sample's recording fills, so each needs its own call of it
     sample, learn_worker, learn_manager = (
         cuda_graph(f, args, device) for f in (sample_segments, update_worker, update_manager)
@@ -1319,8 +1324,6 @@ def main(args: Args):
     handlers = {n: signal.signal(n, lambda number, frame: stop.append(number)) for n in STOP_SIGNALS}
     writer = SummaryWriter(str(run_dir), purge_step=first_step)
     progress = tqdm(total=args.total_steps, initial=first_step - 1, unit="step", mininterval=2, disable=None)
-    if first_step > args.total_steps:
-        fail(f"{args.resume} is at step {first_step - 1} already; raise --total-steps")
     begin, last_time, last_step = time.time() - loop.seconds, time.time(), first_step - 1
 
     for step in range(first_step, args.total_steps + 1):
@@ -1426,4 +1429,7 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except FloatingPointError as error:  # of the simulation; deterministic, so --resume would meet it again
+        fail(f"{error}; take another --seed")

@@ -202,6 +202,9 @@ BLOCKS = {
 }
 
 
+NOT_FINITE = tuple(getattr(mujoco.mjtWarning, f"mjWARN_BAD{name}") for name in ("QPOS", "QVEL", "QACC"))
+
+
 def build_model(task, xml):
     """Put the maze around the robot. The sources' ant differs from Gymnasium's in the fields set here."""
     spec, maze = mujoco.MjSpec.from_file(str(ASSETS / xml)), Maze(MAZES[task.maze], task.cell)
@@ -368,7 +371,8 @@ class AntEnv(gym.Env):
         """The physics of a step. MuJoCo starts anew, without a word, from a state that is not finite."""
         before = self.data.time
         mujoco.mj_step(self.model, self.data, self.substeps)
-        if self.data.time <= before:
+        started = self.steps == 0 and any(self.data.warning[kind].number for kind in NOT_FINITE)
+        if started or self.data.time <= before:
             raise FloatingPointError(f"{self.task.id}: the simulation diverged in step {self.steps + 1}")
 
     def _observation(self):

@@ -438,7 +438,7 @@ class TD3:
             action = (action + torch.randn_like(action) * self.noise).clamp(-self.limit, self.limit)
         action = action.cpu().numpy()
         if not np.isfinite(action).all():
-            fail("an actor's output is not finite, its training diverged; the last good model is kept")
+            fail("an actor's output is not finite: it diverged, or obs is not finite; model.pt is as it was")
         return action
 
     @torch.no_grad()
@@ -988,8 +988,10 @@ def load_run(path: str, parts: dict, env, device, fresh) -> tuple[int, SimpleNam
     state = load_checkpoint(path)
     if "loop" not in state:
         fail(f"{path} holds networks only; resume from a checkpoint.pt (--save-every)")
-    if state["loop"].keys() - {"step", "env", "generators"} != vars(fresh).keys():
-        fail(f"{path} was written by another version of {SCRIPT}.py; use that one (see config.json)")
+    differ = (state["loop"].keys() - {"step", "env", "generators"}) ^ vars(fresh).keys()
+    if differ:
+        names = ", ".join(sorted(differ))
+        fail(f"{path} is of another version of {SCRIPT}.py ({names}): use that one (see config.json)")
     load_parts(parts, state, path)
     loop = {name: value.numpy() if torch.is_tensor(value) else value for name, value in state["loop"].items()}
     generators = loop.pop("generators")
@@ -1089,7 +1091,7 @@ def main(args: Args):
 
     worker_buffer, manager_buffer, segment = make_buffers(env, args, manager, worker, device)
     parts = agents | {"worker_buffer": worker_buffer, "manager_buffer": manager_buffer, "segment": segment}
-    run_dir, period, dims = make_run_dir(args), args.manager_period, len(manager.limit)
+    period, dims = args.manager_period, len(manager.limit)
 
     # ---- start, or continue
     first_step, loop = 1, SimpleNamespace(losses={}, seconds=0.0, periods=[], heights=[], flips=[])
@@ -1099,13 +1101,14 @@ def main(args: Args):
     segment.start(loop.obs)
     if args.resume:
         first_step, loop = load_run(args.resume, parts, env, device, loop)
+        if first_step > args.total_steps:
+            fail(f"{args.resume} is at step {first_step - 1} already; raise --total-steps")
+    run_dir = make_run_dir(args)  # after all refusals: its config.json still tells who wrote the checkpoint
     learn_worker, learn_manager = (cuda_graph(f, args, device) for f in (update_worker, update_manager))
     stop = []  # signals received
     handlers = {n: signal.signal(n, lambda number, frame: stop.append(number)) for n in STOP_SIGNALS}
     writer = SummaryWriter(str(run_dir), purge_step=first_step)
     progress = tqdm(total=args.total_steps, initial=first_step - 1, unit="step", mininterval=2, disable=None)
-    if first_step > args.total_steps:
-        fail(f"{args.resume} is at step {first_step - 1} already; raise --total-steps")
     begin, last_time, last_step = time.time() - loop.seconds, time.time(), first_step - 1
 
     for step in range(first_step, args.total_steps + 1):
@@ -1211,4 +1214,7 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except FloatingPointError as error:  # of the simulation; deterministic, so --resume would meet it again
+        fail(f"{error}; take another --seed")

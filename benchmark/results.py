@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 LAST = 5  # evaluations
 HEADER = """# Results
 
-Made by `python benchmark/results.py` from the files below `benchmark/results`; do not edit.
+Made by `python benchmark/results.py` from the files below `FOLDER`; do not edit.
 Success: noise-free, at the last step of the episode, mean of a seed's last five evaluations; then the mean
 over seeds (smallest to largest). Solved at: the first step at which the mean of five evaluations in a row
 is at least 0.9. Return: of the environment's rewards per evaluation episode, mean of the last five (AntGather
@@ -105,10 +105,12 @@ def main(args: Args):
     groups = {}
     for run in sorted(runs, key=lambda run: (run["key"], run["seed"])):
         groups.setdefault((run["key"], run["finished"] or run["seed"]), []).append(run)
+    published = args.folder.resolve() == HERE / "results"
+    header = HEADER.replace("FOLDER", "benchmark/results" if published else str(args.folder))
     lines = [table_row(key, group) for (key, _), group in groups.items()]
     rule = "|" + "---|" * len(COLUMNS)
     text = "\n".join(
-        [HEADER, "| " + " | ".join(COLUMNS) + " |", rule, *lines, "", "## Commits and machines", ""]
+        [header, "| " + " | ".join(COLUMNS) + " |", rule, *lines, "", "## Commits and machines", ""]
     )
     for (key, _), group in groups.items():
         for run in group:

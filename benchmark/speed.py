@@ -232,7 +232,7 @@ def gcmr_parts(script, settings, manager, worker, worker_buffer, manager_buffer,
     modules = (manager, worker, dynamics, adjacency, novelty, graph, manager_buffer, worker_buffer, settings)
     update = cost(lambda: script.update_manager(*modules, with_planner=False), n)
     parts |= {"relabeling": relabel / period, "manager critics and actor": (update - relabel) / period}
-    if penalty_on or planning_on or settings.model_relabeling:
+    if penalty_on or planning_on or script.relabels_by_model(settings):
         training = fixed_plus_slope(train_model, 2, 2 + 2 * n, settings.dynamics_updates)
         parts["dynamics model"] = training / settings.dynamics_every
     if settings.landmark_weight > 0:

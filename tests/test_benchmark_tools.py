@@ -271,6 +271,15 @@ def test_longer_run_without_a_checkpoint_is_not_overwritten(grid, tmp_path):
     assert refused.code == 1 and refused.out.count("\n") == 1 and "without a checkpoint.pt" in refused.out
 
 
+def test_rows_of_a_run_without_a_checkpoint_are_kept(grid, tmp_path):
+    """It starts anew; here it does not even start."""
+    folder = tmp_path / "hiro" / "PointMaze-U" / "default" / "seed1"
+    write_run(folder, {10: 1.0}, total_steps=20)
+    rows = (folder / "progress.csv").read_text()
+    failed = grid("--results", tmp_path, extra=("--no-such-flag", 1))
+    assert failed.code == 1 and (folder / "progress_before.csv").read_text() == rows
+
+
 def test_run_refuses(grid, tmp_path):
     for flags, extra, message in (
         (("--script", "hirro.py"), (), "no script hirro.py"),

@@ -121,4 +121,4 @@ def test_published_runs_have_todays_settings(script):
             published = dataclasses.asdict(module.Args()) | published  # settings that came later
             for name in today.keys() - run_settings - set(module.RESUME_MAY_CHANGE):
                 assert json.dumps(published[name]) == json.dumps(today[name]), (file, name)
-    assert found >= 3
+    assert found >= 3 or not (ROOT / "benchmark" / "results" / script).exists()  # a fork has none

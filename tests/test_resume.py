@@ -134,8 +134,10 @@ def test_checkpoint_of_another_version(stopped, module, tmp_path):
     state = torch.load(stopped[0] / "checkpoint.pt", weights_only=True)
     del state["loop"]["returns"]
     torch.save(state, tmp_path / "old.pt")
+    (tmp_path / "config.json").write_text('{"command": "python old.py", "commit": "old"}')
     text = refusal(module, "--resume", tmp_path / "old.pt", "--total-steps", 2000)
-    assert "old.pt was written by another version" in text and "config.json" in text
+    assert "old.pt is of another version" in text and "(returns)" in text and "config.json" in text
+    assert json.loads((tmp_path / "config.json").read_text())["commit"] == "old"  # it tells which one
 
 
 def test_settings_cannot_change_in_a_resumed_run(stopped, module, tmp_path):

@@ -1,6 +1,8 @@
 """Every script from the command line: what it writes, what it prints, what it refuses."""
 
+import dataclasses
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -167,6 +169,13 @@ def test_help_shows_the_values_of_the_environment(script, module, run):
     preset = module.PRESETS["PointMaze-U"]
     assert " ".join(preset["source"].split()) in " ".join(result.out.replace("│", " ").split())
     assert str(preset["total_steps"]) in result.out and str(module.Args.total_steps) not in result.out
+
+
+def test_every_setting_is_explained(module):
+    """tyro shows the comment on a setting's own line; one that was wrapped says nothing."""
+    lines = [line for line in inspect.getsource(module.Args).splitlines() if re.match(r"    \w+: ", line)]
+    names = {re.match(r"    (\w+): .+ = .+  # .+", line)[1] for line in lines}
+    assert names == {field.name for field in dataclasses.fields(module.Args)}
 
 
 def test_presets(module):
