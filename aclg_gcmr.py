@@ -145,6 +145,8 @@ class Args:
     worker_buffer: Count = 200_000  # steps kept
     action_limit: tuple[float, ...] = ()  # bounds of the worker's output; empty: the environment's
     scale_worker_inputs: bool = False  # divide subgoal and action by their half-range before worker networks
+    rest_value: bool = False  # worker Q = network - |subgoal| / (1 - gamma), of resting; not in the paper
+    redrawn_subgoals: float = 0.0  # share of the worker's rows with another subgoal; not in the paper
 
     # --- Manager ---
     manager_gamma: float = 0.99  # discount per segment
@@ -360,6 +362,8 @@ def check_args(args: Args):
             fail(f"--{name.replace('_', '-')} must not be negative")
     if args.seed >= 2**32:
         fail("--seed must be below 2**32")
+    if not 0 <= args.redrawn_subgoals <= 1:
+        fail("--redrawn-subgoals must be within 0 to 1")
     if not 0 <= args.worker_gamma < 1:
         fail("--worker-gamma must be below 1, and not negative: a death counts reward / (1 - gamma)")
     if args.learning_starts < args.manager_period:
@@ -404,8 +408,8 @@ def subgoal_transition(achieved, subgoal, next_achieved):
 
 
 def intrinsic_reward(achieved, subgoal, next_achieved):
-    """r(s, g, s') = -|s + g - s'| (HIRO), of the subgoal before the step. numpy, [..., D] -> [...]"""
-    return -np.sqrt(np.square(subgoal_transition(achieved, subgoal, next_achieved)).sum(-1) + 1e-10)
+    """r(s, g, s') = -|s + g - s'| (HIRO), of the subgoal before the step. [..., D] -> [...]"""
+    return -(((subgoal_transition(achieved, subgoal, next_achieved) ** 2).sum(-1) + 1e-10) ** 0.5)
 
 
 # ------------------------------------------------------------------------------------------------- networks
@@ -457,11 +461,14 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Twin Q functions: (obs, goal, action) -> q [2, B]. Inputs [B, .] are shared, [2, B, .] one for each.
 
+    With rest > 0 the network learns what is better than resting for ever, -rest |goal|. To TD learning that
+    is potential-based shaping (Ng et al. 1999; Wiewiora 2003): rewards and their optimum are the same.
     easy to overlook: q1 repeats forward, for speed; in another network q1 may return self(...)[0].
     """
 
-    def __init__(self, input_scale, hidden: int, output_init: float):
+    def __init__(self, input_scale, hidden: int, output_init: float, rest: float = 0.0):
         super().__init__()
+        self.rest = rest
         self.register_buffer("input_scale", input_scale, persistent=False)  # [obs + goal + action dims]
         sizes = [len(input_scale), hidden, hidden, 1]
         self.layers = nn.ModuleList(EnsembleLinear(2, a, b) for a, b in zip(sizes, sizes[1:]))
@@ -471,14 +478,18 @@ class Critic(nn.Module):
         x = torch.cat([obs, goal, action], -1) * self.input_scale
         x = F.relu(self.layers[0](x.expand(2, *x.shape[-2:])))
         x = F.relu(self.layers[1](x))
-        return self.layers[2](x).squeeze(-1)
+        return self.layers[2](x).squeeze(-1) + self.resting(goal)
 
     def q1(self, obs, goal, action):
         """The first Q function alone, which the actor follows. [B]"""
         x = torch.cat([obs, goal, action], -1) * self.input_scale
         x = F.relu(self.layers[0].member(0, x))
         x = F.relu(self.layers[1].member(0, x))
-        return self.layers[2].member(0, x).squeeze(-1)
+        return self.layers[2].member(0, x).squeeze(-1) + self.resting(goal)
+
+    def resting(self, goal):
+        """The value of resting for ever, as far as it is known beforehand. [..., D] -> [...], or 0"""
+        return -self.rest * (goal.square().sum(-1) + 1e-10).sqrt() if self.rest else 0.0
 
 
 def in_blocks(function, *tensors, rows: int = 1024):
@@ -499,15 +510,17 @@ class TD3:
     """One level of the hierarchy (Fujimoto et al. 2018). Only plumbing: what the methods differ in is below.
 
     input_scale [obs_dim + goal_dim + action_dim] multiplies what the networks see, limit [action_dim] bounds
-    the action, noise = (exploration std, target smoothing std, its clip) in units of the action.
+    the action, noise = (exploration std, target smoothing std, its clip) in units of the action. For the
+    worker also the half-range of its subgoals, and rest, see Critic.
     """
 
-    def __init__(self, input_scale, limit, gamma: float, noise: tuple, args: Args):
+    def __init__(self, input_scale, limit, gamma: float, noise: tuple, args: Args, half_range=None, rest=0.0):
         self.limit, self.gamma, self.tau = limit, gamma, args.tau
+        self.half_range = half_range
         self.noise, self.target_noise, self.target_noise_clip = noise
         size = dict(hidden=args.hidden, output_init=args.output_init)
         self.actor, self.target_actor = (Actor(input_scale[: -len(limit)], limit, **size) for _ in range(2))
-        self.critic, self.target_critic = (Critic(input_scale, **size) for _ in range(2))
+        self.critic, self.target_critic = (Critic(input_scale, rest=rest, **size) for _ in range(2))
         for net in (self.actor, self.target_actor, self.critic, self.target_critic):
             net.to(limit.device)
         self.target_actor.load_state_dict(self.actor.state_dict())
@@ -1278,6 +1291,26 @@ class UpdateCounts:
         vars(self).update(state)
 
 
+def redraw_subgoals(worker: TD3, batch, args: Args):
+    """A share of the worker's rows as if they had been done for another subgoal, uniform in its range.
+
+    What happened does not depend on the subgoal and the reward of any other is known, so that a worker which
+    is asked for little learns all directions (Kaelbling 1993; "random" in HER, Andrychowicz et al. 2017).
+    """
+    if args.redrawn_subgoals == 0:
+        return batch
+    achieved, next_achieved = (x[:, : batch.subgoal.shape[-1]] for x in (batch.obs, batch.next_obs))
+    subgoal = (2 * torch.rand_like(batch.subgoal) - 1) * worker.half_range
+    reward = args.worker_reward_scale * intrinsic_reward(achieved, subgoal, next_achieved)
+    next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
+    chosen = torch.rand_like(batch.reward) < args.redrawn_subgoals
+    chosen &= batch.terminated == 0  # a death's reward stands for all later ones
+    batch.reward = torch.where(chosen, reward, batch.reward)
+    batch.subgoal = torch.where(chosen[:, None], subgoal, batch.subgoal)
+    batch.next_subgoal = torch.where(chosen[:, None], next_subgoal, batch.next_subgoal)
+    return batch
+
+
 def update_worker(
     worker: TD3,
     manager: TD3,
@@ -1290,7 +1323,7 @@ def update_worker(
     with_planning: bool,
 ) -> dict:
     """One update of the worker's critics; with_actor: its actor too."""
-    batch = buffer.sample(args.batch_size)
+    batch = redraw_subgoals(worker, buffer.sample(args.batch_size), args)
     td_target = worker.td_target(batch.reward, batch.terminated, batch.next_obs, batch.next_subgoal)
     critic_loss, q = worker.critic_loss(td_target, batch.obs, batch.subgoal, batch.action)
     losses = {"worker/critic_loss": critic_loss, "worker/q": q}
@@ -1734,7 +1767,8 @@ def make_agents(env, args: Args, device) -> tuple[TD3, TD3]:
         scale[:2] = 0  # a walk is the same everywhere
     if args.scale_worker_inputs:
         scale[obs_dim:] = 1 / torch.cat([half_range, limit])
-    worker = TD3(scale, limit, args.worker_gamma, noise, args)
+    rest = args.worker_reward_scale / (1 - args.worker_gamma) if args.rest_value else 0.0
+    worker = TD3(scale, limit, args.worker_gamma, noise, args, half_range, rest)
     return manager, worker
 
 
