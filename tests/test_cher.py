@@ -980,6 +980,7 @@ def test_transfer_within_a_task(tmp_path):
         (dict(hidden=8), dict(), "hidden"),
         (dict(flat=True), dict(), "flat"),
         (dict(mask_xy=True), dict(), "mask_xy"),
+        (dict(rest_value=True), dict(), "rest_value"),
         (
             dict(env="PointMaze-U", subgoal_space="xy", action_limit=(1.0, 0.25)),
             dict(env="PointMaze-U", subgoal_space="xy"),
@@ -1106,6 +1107,8 @@ def equal(a, b):
         ("--flat --freeze-worker", "--flat"),
         ("--flat --mask-xy", "--flat"),
         ("--flat --scale-worker-inputs", "--flat"),
+        ("--flat --rest-value", "--flat"),
+        ("--flat --redrawn-subgoals 0.5", "--flat"),
         ("--flat --coop-reference -5", "--flat"),
         ("--coop-reference 600", "--coop-reference"),
         ("--coop-reference 0", "--coop-reference"),
