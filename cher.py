@@ -349,8 +349,8 @@ def subgoal_transition(achieved, subgoal, next_achieved):
 
 
 def intrinsic_reward(achieved, subgoal, next_achieved):
-    """r(s, g, s') = -|s + g - s'| (HIRO), of the subgoal before the step. [..., D] -> [...]"""
-    return -(((subgoal_transition(achieved, subgoal, next_achieved) ** 2).sum(-1) + 1e-10) ** 0.5)
+    """r(s, g, s') = -|s + g - s'| (HIRO), of the subgoal before the step. numpy, [..., D] -> [...]"""
+    return -np.sqrt(np.square(subgoal_transition(achieved, subgoal, next_achieved)).sum(-1) + 1e-10)
 
 
 # ------------------------------------------------------------------------------------------------- networks
@@ -419,18 +419,18 @@ class Critic(nn.Module):
         x = torch.cat([obs, goal, action], -1) * self.input_scale
         x = F.relu(self.layers[0](x.expand(2, *x.shape[-2:])))
         x = F.relu(self.layers[1](x))
-        return self.layers[2](x).squeeze(-1) + self.resting(goal)
+        return self.above_resting(self.layers[2](x).squeeze(-1), goal)
 
     def q1(self, obs, goal, action):
         """The first Q function alone, which the actor follows. [B]"""
         x = torch.cat([obs, goal, action], -1) * self.input_scale
         x = F.relu(self.layers[0].member(0, x))
         x = F.relu(self.layers[1].member(0, x))
-        return self.layers[2].member(0, x).squeeze(-1) + self.resting(goal)
+        return self.above_resting(self.layers[2].member(0, x).squeeze(-1), goal)
 
-    def resting(self, goal):
-        """The value of resting for ever, as far as it is known beforehand. [..., D] -> [...], or 0"""
-        return -self.rest * (goal.square().sum(-1) + 1e-10).sqrt() if self.rest else 0.0
+    def above_resting(self, q, goal):
+        """What the network says is on top of the value of resting, which is known beforehand."""
+        return q - self.rest * (goal.square().sum(-1) + 1e-10).sqrt() if self.rest else q
 
 
 def in_blocks(function, *tensors, rows: int = 1024):
@@ -778,8 +778,8 @@ def redraw_subgoals(worker: TD3, batch, args: Args):
         return batch
     achieved, next_achieved = (x[:, : batch.subgoal.shape[-1]] for x in (batch.obs, batch.next_obs))
     subgoal = (2 * torch.rand_like(batch.subgoal) - 1) * worker.half_range
-    reward = intrinsic_reward(achieved, subgoal, next_achieved)
     next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
+    reward = -(next_subgoal.square().sum(-1) + 1e-10).sqrt()  # intrinsic_reward
     chosen = torch.rand_like(batch.reward) < args.redrawn_subgoals
     chosen &= batch.terminated == 0  # a death's reward stands for all later ones
     batch.reward = torch.where(chosen, reward, batch.reward)
