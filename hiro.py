@@ -370,8 +370,9 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Twin Q functions: (obs, goal, action) -> q [2, B]. Inputs [B, .] are shared, [2, B, .] one for each.
 
-    With rest > 0 the network learns what is better than resting for ever, -rest |goal|. To TD learning that
-    is potential-based shaping (Ng et al. 1999; Wiewiora 2003): rewards and their optimum are the same.
+    With rest > 0 the network is on top of the value of resting for ever, -rest |goal|. To TD learning that
+    is potential-based shaping (Ng et al. 1999; Wiewiora 2003): the optimum is the same, and the network's
+    reward is rest (|g| - |g'|), what a step has gained.
     easy to overlook: q1 repeats forward, for speed; in another network q1 may return self(...)[0].
     """
 

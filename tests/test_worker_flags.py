@@ -63,6 +63,21 @@ def test_who_rests_has_the_value_of_resting(module):
     assert worker.critic_loss(target, obs, subgoal, action)[0].item() == pytest.approx(0, abs=1e-8)
 
 
+def test_a_step_is_worth_what_it_gained(module):
+    """3 m of (3, 4) done: 5 m left become 4. The network, at 0 here, is to learn (5 - 4) / (1 - 0.9) = 10."""
+    _, _, worker = make_worker(module, worker_gamma=0.9, rest_value=True)
+    for net in (worker.critic, worker.target_critic):
+        for param in net.layers[2].parameters():
+            param.data.zero_()
+    obs, action = torch.randn(1, 30), torch.randn(1, 8)
+    before, after = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 4.0]])
+    target = worker.td_target(torch.tensor([-4.0]), torch.zeros(1), obs, after)
+    assert target.item() == pytest.approx(-40, abs=1e-3)
+    assert (target - worker.critic(obs, before, action)).flatten().tolist() == pytest.approx(
+        [10, 10], abs=1e-3
+    )
+
+
 def test_redrawn_subgoals(module):
     torch.manual_seed(1)
     args, _, worker = make_worker(module, redrawn_subgoals=0.75, subgoal_limit=(4.0, 2.0))
