@@ -336,6 +336,9 @@ def check_args(args: Args):
         fail(f"--flat has one level: not with --{given[0].replace('_', '-')}")
     if args.coop_delta is not None and args.coop_weight == 0:
         fail("--coop-weight 0 switches cooperation off, --coop-delta learns its weight: choose one of them")
+    if args.redrawn_subgoals > 0 and (args.hindsight or args.freeze_worker):
+        other = "--hindsight, HAC's own way of it" if args.hindsight else "--freeze-worker: it does not learn"
+        fail(f"--redrawn-subgoals: not with {other}")
     if args.freeze_worker and args.worker_checkpoint is None:
         fail("--freeze-worker needs --worker-checkpoint PATH, or the worker would never learn")
 
@@ -351,6 +354,11 @@ def subgoal_transition(achieved, subgoal, next_achieved):
 def intrinsic_reward(achieved, subgoal, next_achieved):
     """r(s, g, s') = -|s + g - s'| (HIRO), of the subgoal before the step. numpy, [..., D] -> [...]"""
     return -np.sqrt(np.square(subgoal_transition(achieved, subgoal, next_achieved)).sum(-1) + 1e-10)
+
+
+def safe_norm(difference):
+    """Its gradient at 0 is 0, not NaN. torch, [..., D] -> [...]"""
+    return (difference.square().sum(-1) + 1e-10).sqrt()
 
 
 # ------------------------------------------------------------------------------------------------- networks
@@ -420,18 +428,18 @@ class Critic(nn.Module):
         x = torch.cat([obs, goal, action], -1) * self.input_scale
         x = F.relu(self.layers[0](x.expand(2, *x.shape[-2:])))
         x = F.relu(self.layers[1](x))
-        return self.above_resting(self.layers[2](x).squeeze(-1), goal)
+        return self.plus_resting(self.layers[2](x).squeeze(-1), goal)
 
     def q1(self, obs, goal, action):
         """The first Q function alone, which the actor follows. [B]"""
         x = torch.cat([obs, goal, action], -1) * self.input_scale
         x = F.relu(self.layers[0].member(0, x))
         x = F.relu(self.layers[1].member(0, x))
-        return self.above_resting(self.layers[2].member(0, x).squeeze(-1), goal)
+        return self.plus_resting(self.layers[2].member(0, x).squeeze(-1), goal)
 
-    def above_resting(self, q, goal):
-        """What the network says is on top of the value of resting, which is known beforehand."""
-        return q - self.rest * (goal.square().sum(-1) + 1e-10).sqrt() if self.rest else q
+    def plus_resting(self, q, goal):
+        """q as the network says it, and the value of resting, which is known beforehand."""
+        return q - self.rest * safe_norm(goal) if self.rest else q
 
 
 def in_blocks(function, *tensors, rows: int = 1024):
@@ -735,7 +743,7 @@ def cooperative_loss(worker: TD3, batch, subgoal, args: Args):
         reward = -left.square().mean()
     else:  # along the worker's action, where Q is flat once the worker is greedy
         q = worker.critic.q1(rows.obs, moved_on.detach(), worker.actor(rows.obs, moved_on))
-        reward = -(left.square().sum(-1) + 1e-10).sqrt().mean()
+        reward = -safe_norm(left).mean()
     return -(q.mean() + reward)
 
 
@@ -773,16 +781,17 @@ def redraw_subgoals(worker: TD3, batch, args: Args):
     """A share of the worker's rows as if they had been done for another subgoal, uniform in its range.
 
     What happened does not depend on the subgoal and the reward of any other is known, so that a worker which
-    is asked for little learns all directions (Kaelbling 1993; "random" in HER, Andrychowicz et al. 2017).
+    is asked for little learns all directions (Kaelbling 1993; akin to HER, Andrychowicz et al. 2017).
     """
     if args.redrawn_subgoals == 0:
         return batch
-    achieved, next_achieved = (x[:, : batch.subgoal.shape[-1]] for x in (batch.obs, batch.next_obs))
+    dims = batch.subgoal.shape[-1]
+    achieved, next_achieved = batch.obs[:, :dims], batch.next_obs[:, :dims]
     subgoal = (2 * torch.rand_like(batch.subgoal) - 1) * worker.half_range
     next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
-    reward = -(next_subgoal.square().sum(-1) + 1e-10).sqrt()  # intrinsic_reward
+    own = safe_norm(subgoal_transition(achieved, batch.subgoal, next_achieved))
+    reward = batch.reward * safe_norm(next_subgoal) / own  # with its factors, as that of a death
     chosen = torch.rand_like(batch.reward) < args.redrawn_subgoals
-    chosen &= batch.terminated == 0  # a death's reward stands for all later ones
     batch.reward = torch.where(chosen, reward, batch.reward)
     batch.subgoal = torch.where(chosen[:, None], subgoal, batch.subgoal)
     batch.next_subgoal = torch.where(chosen[:, None], next_subgoal, batch.next_subgoal)
@@ -1143,9 +1152,11 @@ def load_worker(worker: TD3, env, args: Args):
     state = load_checkpoint(path)
     nets, saved = ("actor", "target_actor", "critic", "target_critic"), state["worker"]
     same = "flat subgoal_space mask_xy scale_worker_inputs rest_value hidden action_limit"
+    same += " worker_gamma" if args.rest_value else ""
     for name in same.split():
-        if state["args"].get(name, getattr(Args, name)) != getattr(args, name):
-            fail(f"{path} was trained with another {name} than this run's {getattr(args, name)}")
+        old = state["args"].get(name, getattr(Args, name))
+        if old != getattr(args, name):
+            fail(f"{path} was trained with {name} {old}, this run has {getattr(args, name)}")
     if args.scale_worker_inputs and state["args"].get("subgoal_limit", ()) != args.subgoal_limit:
         fail(f"{path} scales its inputs by another subgoal_limit than {args.subgoal_limit}")
     if SPECS[state["args"]["env"]].kind == "gather" and env.task.kind != "gather":

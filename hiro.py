@@ -285,6 +285,10 @@ def check_args(args: Args):
         fail("--seed must be below 2**32")
     if not 0 <= args.redrawn_subgoals <= 1:
         fail("--redrawn-subgoals must be within 0 to 1")
+    if (args.redrawn_subgoals > 0 or args.rest_value) and args.worker_looks_ahead:
+        fail(
+            "--redrawn-subgoals and --rest-value hold for one subgoal at a time: add --no-worker-looks-ahead"
+        )
     if not 0 <= args.worker_gamma < 1:
         fail("--worker-gamma must be below 1, and not negative: a death counts reward / (1 - gamma)")
     if args.learning_starts < args.manager_period:
@@ -319,6 +323,11 @@ def subgoal_transition(achieved, subgoal, next_achieved):
 def intrinsic_reward(achieved, subgoal, next_achieved):
     """r(s, g, s') = -|s + g - s'| (HIRO), of the subgoal before the step. numpy, [..., D] -> [...]"""
     return -np.sqrt(np.square(subgoal_transition(achieved, subgoal, next_achieved)).sum(-1) + 1e-10)
+
+
+def safe_norm(difference):
+    """Its gradient at 0 is 0, not NaN. torch, [..., D] -> [...]"""
+    return (difference.square().sum(-1) + 1e-10).sqrt()
 
 
 # ------------------------------------------------------------------------------------------------- networks
@@ -388,18 +397,18 @@ class Critic(nn.Module):
         x = torch.cat([obs, goal, action], -1) * self.input_scale
         x = F.relu(self.layers[0](x.expand(2, *x.shape[-2:])))
         x = F.relu(self.layers[1](x))
-        return self.above_resting(self.layers[2](x).squeeze(-1), goal)
+        return self.plus_resting(self.layers[2](x).squeeze(-1), goal)
 
     def q1(self, obs, goal, action):
         """The first Q function alone, which the actor follows. [B]"""
         x = torch.cat([obs, goal, action], -1) * self.input_scale
         x = F.relu(self.layers[0].member(0, x))
         x = F.relu(self.layers[1].member(0, x))
-        return self.above_resting(self.layers[2].member(0, x).squeeze(-1), goal)
+        return self.plus_resting(self.layers[2].member(0, x).squeeze(-1), goal)
 
-    def above_resting(self, q, goal):
-        """What the network says is on top of the value of resting, which is known beforehand."""
-        return q - self.rest * (goal.square().sum(-1) + 1e-10).sqrt() if self.rest else q
+    def plus_resting(self, q, goal):
+        """q as the network says it, and the value of resting, which is known beforehand."""
+        return q - self.rest * safe_norm(goal) if self.rest else q
 
 
 def in_blocks(function, *tensors, rows: int = 1024):
@@ -633,16 +642,17 @@ def redraw_subgoals(worker: TD3, batch, args: Args):
     """A share of the worker's rows as if they had been done for another subgoal, uniform in its range.
 
     What happened does not depend on the subgoal and the reward of any other is known, so that a worker which
-    is asked for little learns all directions (Kaelbling 1993; "random" in HER, Andrychowicz et al. 2017).
+    is asked for little learns all directions (Kaelbling 1993; akin to HER, Andrychowicz et al. 2017).
     """
     if args.redrawn_subgoals == 0:
         return batch
-    achieved, next_achieved = (x[:, : batch.subgoal.shape[-1]] for x in (batch.obs, batch.next_obs))
+    dims = batch.subgoal.shape[-1]
+    achieved, next_achieved = batch.obs[:, :dims], batch.next_obs[:, :dims]
     subgoal = (2 * torch.rand_like(batch.subgoal) - 1) * worker.half_range
     next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
-    reward = -(next_subgoal.square().sum(-1) + 1e-10).sqrt()  # intrinsic_reward
+    own = safe_norm(subgoal_transition(achieved, batch.subgoal, next_achieved))
+    reward = batch.reward * safe_norm(next_subgoal) / own  # with its factors, as that of a death
     chosen = torch.rand_like(batch.reward) < args.redrawn_subgoals
-    chosen &= batch.terminated == 0  # a death's reward stands for all later ones
     batch.reward = torch.where(chosen, reward, batch.reward)
     batch.subgoal = torch.where(chosen[:, None], subgoal, batch.subgoal)
     batch.next_subgoal = torch.where(chosen[:, None], next_subgoal, batch.next_subgoal)

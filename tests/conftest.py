@@ -48,7 +48,8 @@ TINY_OF = {
     "aclg_gcmr": "--dynamics-starts 200 --dynamics-every 200 --dynamics-first-updates 5 --dynamics-updates 3 "
     "--dynamics-batch-size 16 --dynamics-hidden 16 --planner-starts 300 --coverage-landmarks 5 "
     "--planner-keeps-graph 3 --coverage-pool 50 --novelty-landmarks 5 --adjacency-every 200 "
-    "--adjacency-epochs 2 --worker-critic-updates-with-penalty 2 --rollout-planning-every 3".split(),
+    "--adjacency-epochs 2 --worker-critic-updates-with-penalty 2 --rollout-planning-every 3 "
+    "--redrawn-subgoals 0.5 --rest-value".split(),
 }
 
 

@@ -981,6 +981,8 @@ def test_transfer_within_a_task(tmp_path):
         (dict(flat=True), dict(), "flat"),
         (dict(mask_xy=True), dict(), "mask_xy"),
         (dict(rest_value=True), dict(), "rest_value"),
+        (dict(), dict(rest_value=True), "rest_value"),
+        (dict(rest_value=True, worker_gamma=0.95), dict(rest_value=True), "worker_gamma"),
         (
             dict(env="PointMaze-U", subgoal_space="xy", action_limit=(1.0, 0.25)),
             dict(env="PointMaze-U", subgoal_space="xy"),

@@ -20,11 +20,13 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 CASES = [
     ("hiro", {}),
     ("hiro", {"relabeling": "fun"}),
+    ("hiro", {"redrawn_subgoals": 0.8, "rest_value": True, "worker_looks_ahead": False}),
     ("cher", {}),
     ("cher", {"coop_delta": -5.0}),
     ("cher", {"coop_form": "theorem", "relabeling": "off_policy"}),
     ("aclg_gcmr", {}),
     ("aclg_gcmr", {"gradient_penalty_form": "released"}),
+    ("aclg_gcmr", {"redrawn_subgoals": 0.8, "rest_value": True}),
 ]
 FLAGS = list(itertools.product([False, True], repeat=3))
 

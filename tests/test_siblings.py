@@ -23,7 +23,7 @@ make_candidates relabel_subgoals
 period_metrics split_observation evaluate writing Recorder
 describe_run append_row to_tensors log_row check_finite save_checkpoint load_checkpoint load_parts freeze_run
 fast_cpu_matmul cuda_graph load_run make_agents make_buffers make_run_dir
-redraw_subgoals
+redraw_subgoals safe_norm
 """.split()
 # What a method is about: the same name, another text.
 DIFFERENT = """
@@ -33,7 +33,7 @@ Args PRESETS FULL SUBGOAL_SPACES check_args ReplayBuffer update_worker update_ma
 # aclg_gcmr.py has HIGL's order of candidates, relabels by its model, and scales the worker's reward.
 OWN = {
     "cher": {"Segment", "make_agents", "make_buffers"},
-    "aclg_gcmr": {"make_candidates", "relabel_subgoals", "make_agents", "redraw_subgoals"},
+    "aclg_gcmr": {"make_candidates", "relabel_subgoals", "make_agents"},
 }
 ALLOWED = {*sys.stdlib_module_names, "numpy", "torch", "tyro", "tqdm", "matplotlib", "mujoco", "common_envs"}
 OPTIONAL = {"wandb", "imageio"}  # imported where they are asked for
