@@ -22,6 +22,8 @@ This is hiro.py with subgoals in x and y and, in the order in which they were pr
         novelty landmarks from random network distillation; now and then the adjacency network and the model
 
 A weight of 0 switches a term off; README has the command lines of HIRO, HRAC, HIGL and ACLG.
+
+Not in the paper and off by default: --rest-value and --redrawn-subgoals, for a worker that learns faster.
 """
 
 import contextlib

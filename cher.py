@@ -23,6 +23,8 @@ it prefers subgoals that the worker can follow. Both levels learn from the same 
     python cher.py --coop-weight 0 --hindsight                # HAC with egocentric subgoals
     python cher.py --flat                                     # TD3 without a hierarchy
     python cher.py --worker-checkpoint PATH --freeze-worker   # a new manager for an old worker
+
+Not in the paper and off by default: --rest-value and --redrawn-subgoals, for a worker that learns faster.
 """
 
 import contextlib

@@ -19,6 +19,8 @@ every `manager_period` steps. The worker sees the subgoal, never the goal, and i
         update_manager: TD3 on (obs, goal, relabeled subgoal, summed reward, obs one period later)
         relabel_subgoals: the worker has changed since a segment was recorded, so its subgoal is replaced by
         the candidate that best explains the recorded actions to the present worker (off-policy correction)
+
+Not in the paper and off by default: --rest-value and --redrawn-subgoals, for a worker that learns faster.
 """
 
 import contextlib
