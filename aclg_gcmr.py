@@ -147,9 +147,7 @@ class Args:
     worker_buffer: Count = 200_000  # steps kept
     action_limit: tuple[float, ...] = ()  # bounds of the worker's output; empty: the environment's
     scale_worker_inputs: bool = False  # divide subgoal and action by their half-range before worker networks
-    rest_value: bool = (
-        False  # worker Q = network - scale |subgoal| / (1 - gamma), of resting; not in the paper
-    )
+    rest_value: bool = False  # worker Q = network - |subgoal| / (1 - gamma), of resting; not in the paper
     redrawn_subgoals: float = 0.0  # share of the worker's rows with another subgoal; not in the paper
 
     # --- Manager ---

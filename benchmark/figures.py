@@ -29,6 +29,7 @@ CURVES = {
             "hiro/AntMaze-U/diverse",
             "aclg_gcmr/AntMaze-U/default",
             "aclg_gcmr/AntMaze-U/fast",
+            "aclg_gcmr/AntMaze-U/walker",
         ],
         "eval/success",
     ),
