@@ -148,7 +148,7 @@ class Args:
     action_limit: tuple[float, ...] = ()  # bounds of the worker's output; empty: the environment's
     scale_worker_inputs: bool = False  # divide subgoal and action by their half-range before worker networks
     rest_value: bool = False  # worker Q = network - |subgoal| / (1 - gamma), of resting; not in the paper
-    redrawn_subgoals: float = 0.0  # share of the worker's rows with another subgoal; not in the paper
+    redrawn_subgoals: float = 0.0  # share of the worker's rows redone for a uniform subgoal; not in the paper
 
     # --- Manager ---
     manager_gamma: float = 0.99  # discount per segment
@@ -419,7 +419,7 @@ def intrinsic_reward(achieved, subgoal, next_achieved):
 
 
 def safe_norm(difference):
-    """Its gradient at 0 is 0, not NaN. torch, [..., D] -> [...]"""
+    """Euclidean length; its gradient at 0 is 0, not NaN. torch, [..., D] -> [...]"""
     return (difference.square().sum(-1) + 1e-10).sqrt()
 
 
@@ -474,7 +474,7 @@ class Critic(nn.Module):
 
     With rest > 0 the network is on top of the value of resting for ever, -rest |goal|. To TD learning that
     is potential-based shaping (Ng et al. 1999; Wiewiora 2003): the optimum is the same, and the network's
-    reward is rest (|g| - |g'|), what a step has gained.
+    reward is rest (|goal| - |next goal|), what a step has gained.
     easy to overlook: q1 repeats forward, for speed; in another network q1 may return self(...)[0].
     """
 
@@ -1317,7 +1317,7 @@ def redraw_subgoals(worker: TD3, batch, args: Args):
     subgoal = (2 * torch.rand_like(batch.subgoal) - 1) * worker.half_range
     next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
     own = safe_norm(subgoal_transition(achieved, batch.subgoal, next_achieved))
-    reward = batch.reward * safe_norm(next_subgoal) / own  # with its factors, as that of a death
+    reward = batch.reward * safe_norm(next_subgoal) / own  # keeps a death's 1 / (1 - gamma)
     chosen = torch.rand_like(batch.reward) < args.redrawn_subgoals
     batch.reward = torch.where(chosen, reward, batch.reward)
     batch.subgoal = torch.where(chosen[:, None], subgoal, batch.subgoal)
