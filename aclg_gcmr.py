@@ -1579,6 +1579,7 @@ def describe_run(args: Args) -> dict:
         "commit": commit or "unknown",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "vector_units": torch.backends.cpu.get_cpu_capability(),  # "AVX2", "AVX512": tells much of the speed
         "args": dataclasses.asdict(args),
     }
 
@@ -1912,8 +1913,8 @@ def main(args: Args):
         achieved, next_achieved, episode_over = obs[:dims], next_obs[:dims], terminated or truncated
         next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
         worker_reward = intrinsic_reward(achieved, subgoal, next_achieved)
-        # easy to overlook: who dies counts as resting there for ever. Dying would pay if it ended negative
-        # rewards; and what a critic says of the dead, after whom nothing is ever seen, can be anything
+        # easy to overlook: who dies counts as resting there for ever. Rewards are negative, so an end worth 0
+        # would pay for dying; and a bootstrap from the dead, where no step starts, is never put right
         if info["dead"]:
             worker_reward /= 1 - args.worker_gamma
         segment.add(action, reward, next_obs)

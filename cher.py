@@ -13,12 +13,12 @@ it prefers subgoals that the worker can follow. Both levels learn from the same 
             subgoal = manager.actor(obs, goal)
             actor_loss = -q1(obs, goal, subgoal) + coop_weight * cooperative_loss(worker, batch, subgoal)
             coop_weight: fixed, or learned so that the worker's value comes near --coop-delta
-        update_worker: TD3 on the sampled steps; the last one of a period, too, looks at the old target only
+        update_worker: TD3 on the sampled steps; next_subgoal is of the same period also at its end
     every manager_period steps:
         store the segment; with --hindsight as if its end had been its subgoal, now and then also as it was
 
     python cher.py --coop-weight 0                            # HRL; in the end it says which delta to use
-    python cher.py --coop-delta -300                          # CHER with a learned weight
+    python cher.py --coop-delta D                             # CHER with a learned weight, D as HRL said
     python cher.py --coop-weight 0 --relabeling off_policy    # HIRO
     python cher.py --coop-weight 0 --hindsight                # HAC with egocentric subgoals
     python cher.py --flat                                     # TD3 without a hierarchy
@@ -128,7 +128,7 @@ class Args:
     # --- Cooperation (CHER section 4) ---
     coop_weight: float = 0.005  # lambda, the weight of cooperative_loss without --coop-delta; 0: naive HRL
     coop_form: Literal["released", "theorem"] = "released"  # of cooperative_loss: released code or Theorem 1
-    coop_delta: float | None = None  # learns lambda: the value of the worker to aim at, which HRL prints
+    coop_delta: float | None = None  # delta < 0: learns lambda so that coop_value comes near it; HRL tells
     coop_log_weight: float = -4.2  # log of a learned lambda at the start; its Adam has the actors' rate
     coop_starts: int = 1_000  # manager updates before lambda moves
     coop_reference: float | None = None  # J_HRL, the worker's value under HRL, to log the cooperation ratio
@@ -716,8 +716,8 @@ def relabel_subgoals(worker: TD3, batch, half_range, args: Args):
 def hindsight_sequences(sequences: dict, dims: int) -> dict:
     """HAC: the segment as if its end had been its subgoal, so reached with the last step. numpy
 
-    The first of these subgoals is the manager's action, not clipped to its limit. A death is an end at the
-    subgoal then, so worth about 0.
+    The first of these subgoals is the manager's action, not clipped to its limit. A death then reached its
+    subgoal, so it is terminal with a reward near 0, where the original record has r / (1 - gamma).
     """
     achieved_seq = sequences["obs_seq"][:, :dims]  # [c + 1, D]
     subgoal_seq = achieved_seq[-1] - achieved_seq
@@ -729,15 +729,16 @@ def hindsight_sequences(sequences: dict, dims: int) -> dict:
 
 
 def cooperative_loss(worker: TD3, batch, subgoal, args: Args):
-    """Minus what the worker would make of these subgoals at the sampled steps (CHER eq. 5). [B, D] -> []
+    """Minus (Q_worker + reward) of the manager's new subgoals, at the sampled steps. [B, D] -> []
 
-    Its gradient goes to `subgoal`, the manager's output; the worker's networks are not stepped with it. The
-    default is the form of the released code.
+    CHER eq. 5. The gradient goes to `subgoal`, the manager's output; the worker's networks are not stepped
+    with it. The default is the form of the released code.
     """
     rows, dims = worker_rows(batch), subgoal.shape[-1]
     achieved, next_achieved = rows.obs[:, :dims], rows.next_obs[:, :dims]
-    # easy to overlook: first moved on to the sampled step. So did the released code in 2019; later it moved
-    # on to the end of the segment (from February 2020) and counted `achieved` twice in what is left (May)
+    # easy to overlook: the subgoal as it stands at the sampled step, then what is left of it one step later,
+    # for the recorded action (as in the proof of Theorem 1; eq. 5 lets it vary). So did the released code in
+    # 2019; later it moved on to the end of the segment and counted `achieved` twice: not followed
     moved_on = subgoal_transition(batch.obs_seq[:, 0, :dims], subgoal, achieved)  # [B, D]
     left = subgoal_transition(achieved, moved_on, next_achieved)
     if args.coop_form == "released":  # along Q's subgoal, at the recorded action; lambda was tuned for this
@@ -834,7 +835,7 @@ def update_manager(
         "manager/relabeled_distance": moved[:, :2].norm(dim=-1).mean(),
     }
     subgoal = manager.actor(obs, batch.goal)
-    if not args.flat:
+    if not args.flat:  # also without the term, for J_HRL; lambda moves only after its value was taken
         coop_loss, weight = cooperative_loss(worker, batch, subgoal, args), coop_weight.value()
         losses |= {"manager/coop_value": -coop_loss, "manager/coop_weight": weight}
         if with_weight:
@@ -869,8 +870,17 @@ def period_metrics(prefix: str, periods: list, reached_radius: float) -> dict:
     }
 
 
+def nobody_follows(row: dict) -> dict:
+    """Zeros for the columns about subgoals, of which --flat has none."""
+    ends = ("progress", "period_return")
+    return {name: 0.0 for name in row if "subgoal" in name or name.endswith(ends)}
+
+
 def coop_metrics(values: list, args: Args) -> dict:
-    """The worker's value, and where between J_HRL (0) and 0 (1) it is and should be (CHER section 5.4)."""
+    """Mean coop_value since the last row and the cooperation ratio (J_HRL - value) / J_HRL, CHER 5.4.
+
+    The ratio is 0 at HRL's value, 1 at a value of 0; _aim is that of delta.
+    """
     if not values:
         return {}
     metrics = {"manager/coop_value": float(np.mean([float(value) for value in values]))}
@@ -1029,6 +1039,7 @@ def describe_run(args: Args) -> dict:
         "commit": commit or "unknown",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "vector_units": torch.backends.cpu.get_cpu_capability(),  # "AVX2", "AVX512": tells much of the speed
         "args": dataclasses.asdict(args),
     }
 
@@ -1097,6 +1108,15 @@ def check_finite(losses: dict, step: int, run_dir: Path) -> dict:
     return numbers
 
 
+def check_weight(losses: dict, step: int, args: Args):
+    """A learned lambda grows for ever if delta is out of reach; in the end the squared gradients overflow."""
+    if args.coop_delta is not None and float(losses.get("manager/coop_weight", 0.0)) > 1e6:
+        fail(
+            f"lambda is above 1e6 at step {step}: the worker's value stays below --coop-delta "
+            f"{args.coop_delta}; choose a lower one (--coop-weight 0 prints some)"
+        )
+
+
 def save_checkpoint(parts: dict, args: Args, path: Path, **more):
     """Write beside the old file and rename, so that a crash or a full disk leaves the old one whole."""
     state = {name: part.state_dict() for name, part in parts.items()}
@@ -1147,11 +1167,14 @@ def load_parts(parts: dict, state: dict, path: str):
 def load_worker(worker: TD3, env, args: Args):
     """The networks of a worker that was trained in another task, for the part of obs that both tasks share.
 
-    AntGather's obs is the ant (29), sensors of apples and bombs (20), time; a maze's is the ant and the time.
-    Without the sensors' weights the worker acts as if they read 0, which says that there is nothing near.
+    AntGather's obs is the ant (29), sensors of apples and bombs (20), time; a maze's is the ant and the time
+    (on AntMaze-Bottleneck the ant alone). Without the weights of what is missing the worker acts as if it
+    read 0, which for a sensor says that there is nothing near. The optimizers start anew.
     """
     path = args.worker_checkpoint
     state = load_checkpoint(path)
+    if "worker" not in state:
+        fail(f"{path} is damaged: it has no worker")
     nets, saved = ("actor", "target_actor", "critic", "target_critic"), state["worker"]
     same = "flat subgoal_space mask_xy scale_worker_inputs rest_value hidden action_limit"
     same += " worker_gamma" if args.rest_value else ""
@@ -1339,7 +1362,8 @@ def main(args: Args):
         folder = Path(args.run_dir or Path(args.checkpoint).parent)
         recorder = Recorder(eval_env, folder, "eval")
         recorder.has_subgoals = not args.flat
-        for name, value in evaluate(eval_env, manager, worker, args, eval_seed, recorder).items():
+        metrics = evaluate(eval_env, manager, worker, args, eval_seed, recorder)
+        for name, value in (metrics | (nobody_follows(metrics) if args.flat else {})).items():
             print(f"{name:28s} {value:.4f}")
         recorder.save()
         print(f"picture: {folder / 'pictures' / 'eval.png'}")
@@ -1403,8 +1427,8 @@ def main(args: Args):
         achieved, next_achieved, episode_over = obs[:dims], next_obs[:dims], terminated or truncated
         next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
         worker_reward = intrinsic_reward(achieved, subgoal, next_achieved)
-        # easy to overlook: who dies counts as resting there for ever. Dying would pay if it ended negative
-        # rewards; and what a critic says of the dead, after whom nothing is ever seen, can be anything
+        # easy to overlook: who dies counts as resting there for ever. Rewards are negative, so an end worth 0
+        # would pay for dying; and a bootstrap from the dead, where no step starts, is never put right
         if info["dead"]:
             worker_reward /= 1 - args.worker_gamma
         # easy to overlook: the subgoal that the worker acted on, and its successor in the same period
@@ -1440,6 +1464,7 @@ def main(args: Args):
         progress.update()
         if step % 1000 == 0:
             check_finite(loop.losses, step, run_dir)
+            check_weight(loop.losses, step, args)
         if step % args.eval_every == 0 or step == args.total_steps:
             row = {"step": step, "time": round(time.time() - begin, 1)}
             row["steps_per_second"] = round((step - last_step) / (time.time() - last_time), 1)
@@ -1452,9 +1477,7 @@ def main(args: Args):
             row["worker/upside_down"] = float(np.mean(loop.flips))
             row |= {"train/return": float(np.mean(loop.returns))} if loop.returns else {}
             row["worker/period_return"] = float(np.mean(loop.worker_returns or [0.0]))
-            if args.flat:  # nobody to follow
-                row |= {name: 0.0 for name in row if name.endswith(("progress", "period_return"))}
-                row |= {name: 0.0 for name in row if "subgoal" in name}
+            row |= nobody_follows(row) if args.flat else {}
             row |= check_finite(loop.losses, step, run_dir) | coop_metrics(loop.coop_values, args)
             log_row(row, run_dir, writer, progress)
             save_checkpoint(agents, args, run_dir / "model.pt")

@@ -22,7 +22,7 @@ Success: noise-free, at the last step of the episode, mean of a seed's last five
 over seeds (smallest to largest). Solved at: the first step at which the mean of five evaluations in a row
 is at least 0.9. Return: of the environment's rewards per evaluation episode, mean of the last five (AntGather
 has no goal and so no success). Progress: of the worker in training, metres along the subgoal per period, mean
-of the last five rows. Hours: wall-clock of one run, often beside others.
+of the last five rows. Hours: wall-clock of one run, often beside others; some count pauses.
 """
 COLUMNS = (
     "script",

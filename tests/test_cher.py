@@ -431,6 +431,27 @@ def test_cooperation_ratio(delta, ratio):
     assert metrics["manager/coop_ratio_aim"] == pytest.approx(ratio, abs=5e-5)
 
 
+def test_learned_weight_is_logged(toy_run, tmp_path):
+    """The columns of the paper's figure 7: lambda, the worker's return, the ratio and its aim."""
+    flags = dict(learning_starts=20, coop_reference=-4.0, coop_delta=-1.0, coop_starts=0, output_init=0.0)
+    toy_run(cher, 60, ToyEnv(), **flags)
+    (row,) = read_rows(tmp_path / "run")
+    assert float(row["manager/coop_ratio_aim"]) == pytest.approx(0.75)
+    assert float(row["manager/coop_ratio"]) == pytest.approx((-4 - float(row["manager/coop_value"])) / -4)
+    assert 0.9 < float(row["manager/coop_weight"]) / math.exp(-4.2) < 1.1
+    assert float(row["worker/period_return"]) < 0
+
+
+def test_weight_out_of_bounds_stops_the_run():
+    """With a delta out of reach lambda would grow until Adam's second moments overflow, without a word."""
+    losses, args = {"manager/coop_weight": torch.tensor(1.1e6)}, cher.Args(coop_delta=-1.0)
+    cher.check_weight({"manager/coop_weight": torch.tensor(9e5)}, 1000, args)
+    cher.check_weight({}, 1000, args)
+    cher.check_weight(losses, 1000, cher.Args())
+    with pytest.raises(SystemExit, match=r"lambda is above 1e6 at step 1000: .*--coop-delta -1\.0"):
+        cher.check_weight(losses, 1000, args)
+
+
 def test_cooperation_ratio_needs_a_reference():
     assert cher.coop_metrics([-500.0], cher.Args(coop_delta=-450.0)) == {"manager/coop_value": -500}
     fixed = cher.coop_metrics([-450.0], cher.Args(coop_reference=-600.0))
@@ -881,6 +902,21 @@ def test_flat(toy_run, monkeypatch):
     assert [record.goal.tolist() for record in records] == goals[:-1]
 
 
+def test_flat_has_no_subgoals(toy_run, monkeypatch, tmp_path, capsys):
+    """Columns about subgoals are 0, in progress.csv as in what --eval-only prints."""
+    toy_run(cher, 34, ToyEnv(), flat=True, learning_starts=20)
+    (row,) = read_rows(tmp_path / "run")
+    model = str(tmp_path / "run" / "model.pt")
+    settings = dict(hidden=8, threads=1, eval_episodes=1, device="cpu", subgoal_space="xy", flat=True)
+    cher.main(cher.Args(eval_only=True, checkpoint=model, **settings, manager_period=1, coop_weight=0.0))
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("eval/"))
+    for metrics in (row, printed):
+        about = [name for name in metrics if "subgoal" in name or name.endswith("progress")]
+        assert len([name for name in about if name.startswith("eval/")]) == 6
+        assert all(float(metrics[name]) == 0 for name in about)
+    assert float(printed["eval/return"]) != 0
+
+
 def test_flat_is_td3():
     """Its update is one of TD3 on (obs, goal, action), with the limits and noise of the robot's action."""
     torch.manual_seed(0)
@@ -945,6 +981,23 @@ def test_transfer_from_gather_to_a_maze(tmp_path):
         new = getattr(worker, name)(obs, subgoal, action)
         assert torch.allclose(new, getattr(old, name)(in_gather, subgoal, action), atol=1e-5)
     assert worker.actor.layers[0].weight.shape == (16, 45)
+
+
+def test_transfer_to_a_maze_without_time(tmp_path):
+    """AntMaze-Bottleneck's obs is the ant alone: the worker acts as with nothing in sight at time 0."""
+    torch.manual_seed(0)
+    old = gather_worker(tmp_path / "model.pt")
+    env, args = (
+        make_env("AntMaze-Bottleneck"),
+        cher.Args(
+            env="AntMaze-Bottleneck", hidden=16, output_init=0.0, worker_checkpoint=str(tmp_path / "model.pt")
+        ),
+    )
+    _, worker = cher.make_agents(env, args, CPU)
+    cher.load_worker(worker, env, args)
+    obs, subgoal = torch.randn(20, 29), torch.randn(20, 15)
+    in_gather = torch.cat([obs, torch.zeros(20, 21)], 1)
+    assert torch.allclose(worker.actor(obs, subgoal), old.actor(in_gather, subgoal), atol=1e-5)
 
 
 def test_observations_that_transfer():
@@ -1124,6 +1177,17 @@ def test_bad_flags(flags, word):
         cher.parse_args(flags.split())
     assert stop.value.code.startswith("cher.py: error: ") and word in stop.value.code
     assert "\n" not in stop.value.code
+
+
+def test_checkpoint_without_a_worker(tmp_path):
+    gather_worker(tmp_path / "model.pt")
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    del state["worker"]
+    torch.save(state, tmp_path / "model.pt")
+    args = cher.Args(env="AntGather", hidden=16, worker_checkpoint=str(tmp_path / "model.pt"))
+    env = make_env("AntGather")
+    with pytest.raises(SystemExit, match="has no worker"):
+        cher.load_worker(cher.make_agents(env, args, CPU)[1], env, args)
 
 
 def test_foreign_worker(tmp_path):
