@@ -23,7 +23,8 @@ This is hiro.py with subgoals in x and y and, in the order in which they were pr
 
 A weight of 0 switches a term off; README has the command lines of HIRO, HRAC, HIGL and ACLG.
 
-Not in the paper and off by default: --rest-value and --redrawn-subgoals, for a worker that learns faster.
+Off by default, for a worker that learns faster: --redrawn-subgoals (tried in HIRO's paper) and --rest-value
+(in none).
 """
 
 import contextlib
@@ -34,6 +35,7 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -59,7 +61,7 @@ from tqdm import tqdm
 from common_envs import SPECS, make_env
 
 SCRIPT = Path(__file__).stem
-FORMAT = 1  # of checkpoints; raised when an older agent could not be evaluated any more
+FORMAT = 1  # of checkpoints; to be raised when this version writes what older ones cannot read
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
 RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
@@ -148,7 +150,7 @@ class Args:
     action_limit: tuple[float, ...] = ()  # bounds of the worker's output; empty: the environment's
     scale_worker_inputs: bool = False  # divide subgoal and action by their half-range before worker networks
     rest_value: bool = False  # worker Q = network - |subgoal| / (1 - gamma), of resting; not in the paper
-    redrawn_subgoals: float = 0.0  # share of the worker's rows redone for a uniform subgoal; not in the paper
+    redrawn_subgoals: float = 0.0  # share of the worker's rows with a random subgoal (HIRO 5.2, an ablation)
 
     # --- Manager ---
     manager_gamma: float = 0.99  # discount per segment
@@ -225,7 +227,7 @@ PRESETS: dict[str, dict] = {
     "AntMaze-U": {"source": "released script of AntMaze-v1"},
     "AntMaze-UStochastic": {"source": "released script of the stochastic AntMaze-v1"},
     "AntMaze-ULarge": {
-        "source": "released script of AntMaze-v0",
+        "source": "released script of AntMaze-v0, but without its manual collision",
         "relabel_shift": 30.0,
         "landmark_shift": 3.0,
         "total_steps": 1_200_000,
@@ -289,7 +291,7 @@ def fail(message: str):
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Defaults, then the settings of --env (or of the loaded checkpoint), then the flags."""
+    """Two passes: --env or a checkpoint sets the defaults, then all flags are read, and shown, with them."""
 
     @dataclass
     class First:
@@ -315,6 +317,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             settings |= {"track": False, "capture_video": False}  # those of the training
         if first.eval_only and first.env not in (None, settings["env"]):
             settings |= {"env": first.env, "eval_goals": PRESETS.get(first.env, {}).get("eval_goals", ())}
+            settings |= {} if settings["reward"] in SPECS[first.env].rewards else {"reward": None}
     else:
         env = first.env or Args.env
         preset = PRESETS.get(env, {})
@@ -325,7 +328,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         Args,
         args=argv,
         default=before,
-        description=f"{__doc__.splitlines()[0]} Settings of {settings['env']}: {source}.",
+        description=f"{__doc__.splitlines()[0]} Settings of {settings['env']}: {source}. "
+        f"Environments: {', '.join(SPECS)}.",
     )
     may_change = EVAL_MAY_CHANGE if first.eval_only else RESUME_MAY_CHANGE
     fixed = (field.name for field in dataclasses.fields(Args) if field.name not in may_change)
@@ -354,18 +358,25 @@ def check_args(args: Args):
     positive = """
     total_steps eval_every eval_episodes manager_period hidden batch_size worker_buffer
     worker_actor_every manager_buffer gradient_penalty_every rollout_planning_every
-    adjacency_epochs planner_keeps_graph dynamics_members dynamics_first_updates dynamics_updates
+    adjacency_epochs adjacency_batch_size planner_keeps_graph coverage_pool
+    dynamics_members dynamics_first_updates dynamics_updates dynamics_batch_size
+    gradient_penalty_copies rollout_planning_goals rollout_planning_subgoals
     """
     for name in positive.split():
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("seed", "threads", "save_every", "planner_rows"):
+    not_negative = """
+    seed threads save_every actor_lr critic_lr planner_rows novelty_landmarks adjacency_weight landmark_weight
+    relabel_shift gradient_penalty_weight rollout_planning_weight
+    """
+    for name in not_negative.split():
         if getattr(args, name) < 0:
             fail(f"--{name.replace('_', '-')} must not be negative")
     if args.seed >= 2**32:
         fail("--seed must be below 2**32")
-    if not 0 <= args.redrawn_subgoals <= 1:
-        fail("--redrawn-subgoals must be within 0 to 1")
+    for name in ("tau", "manager_gamma", "random_subgoals", "redrawn_subgoals"):
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name.replace('_', '-')} must be within 0 to 1")
     if (args.redrawn_subgoals > 0 or args.rest_value) and args.worker_looks_ahead:
         fail(
             "--redrawn-subgoals and --rest-value hold for one subgoal at a time: add --no-worker-looks-ahead"
@@ -374,9 +385,15 @@ def check_args(args: Args):
         fail("--worker-gamma must be below 1, and not negative: a death counts reward / (1 - gamma)")
     if args.learning_starts < args.manager_period:
         fail("--learning-starts must be at least --manager-period: the manager learns from whole segments")
+    after_xy = {"xy": ""} | ({"xy_block": "block"} if spec.observe_block else {"xyz": "z"})
+    if args.subgoal_space not in after_xy or (args.subgoal_space != "xy" and spec.kind == "point"):
+        fail(f"--subgoal-space {args.subgoal_space}: obs of {args.env} goes on otherwise after x and y")
     dims = len(SUBGOAL_SPACES[args.subgoal_space])
-    if args.subgoal_limit and (len(args.subgoal_limit) != dims or min(args.subgoal_limit) <= 0):
-        fail(f"--subgoal-limit: --subgoal-space {args.subgoal_space} needs {dims} positive numbers, or none")
+    if args.subgoal_limit and (len(args.subgoal_limit) != dims or not all(x > 0 for x in args.subgoal_limit)):
+        fail(
+            f"--subgoal-limit: --subgoal-space {args.subgoal_space} needs {dims} positive numbers, or none: "
+            "the flag alone stands for the space's own"
+        )
     if args.eval_goals and (not spec.goal_dim or len(args.eval_goals) % spec.goal_dim):
         fail(f"--eval-goals: a goal of {args.env} has {spec.goal_dim} numbers")
     try:
@@ -401,6 +418,8 @@ def check_args(args: Args):
         fail("--adjacency-factor x --manager-period must be at least 2, or no two steps are adjacent")
     if args.landmark_weight > 0 and args.coverage_landmarks < 1:
         fail("--coverage-landmarks must be at least 1 while --landmark-weight is not 0")
+    if args.dynamics_rows < 100:
+        fail("--dynamics-rows must be at least 100, to train on and to hold out some")
     if args.worker_buffer < spec.max_steps:
         fail(f"--worker-buffer must hold an episode of {spec.max_steps} steps")
 
@@ -452,7 +471,7 @@ def init_output_(layers: list[nn.Module], bound: float):
 
 
 class Actor(nn.Module):
-    """(obs, goal) -> action within +-limit. The manager's action is a subgoal, the worker's a torque."""
+    """(obs, goal) -> action within +-limit. The manager's action is a subgoal, which is the worker's goal."""
 
     def __init__(self, input_scale, limit, hidden: int, output_init: float):
         super().__init__()
@@ -522,8 +541,8 @@ class TD3:
     """One level of the hierarchy (Fujimoto et al. 2018). Only plumbing: what the methods differ in is below.
 
     input_scale [obs_dim + goal_dim + action_dim] multiplies what the networks see, limit [action_dim] bounds
-    the action, noise = (exploration std, target smoothing std, its clip) in units of the action. For the
-    worker also the half-range of its subgoals, and rest, see Critic.
+    the action, noise = (exploration std, target smoothing std, its clip) in units of the action. The worker
+    also has half_range [D], of its subgoals, for redraw_subgoals, and rest, see Critic.
     """
 
     def __init__(self, input_scale, limit, gamma: float, noise: tuple, args: Args, half_range=None, rest=0.0):
@@ -547,7 +566,7 @@ class TD3:
 
     @torch.no_grad()
     def act(self, obs, goal, explore: bool):
-        """Action for one observation, numpy in and out. explore adds Gaussian noise, clipped to the limit."""
+        """obs [obs_dim], goal [goal_dim] -> action [action_dim], numpy. explore adds noise, then clips."""
         obs, goal = (torch.as_tensor(x, device=self.limit.device)[None] for x in (obs, goal))
         action = self.actor(obs, goal)[0]
         if explore:
@@ -559,7 +578,7 @@ class TD3:
 
     @torch.no_grad()
     def td_target(self, reward, terminated, next_obs, next_goal):
-        """y = r + gamma min(Q1', Q2')(s', smoothed target action) [B]. A time limit is not terminal."""
+        """y = r + gamma (1 - terminated) min(Q1', Q2')(s', smoothed target action). reward [B] -> [B]"""
         next_action = self.target_actor(next_obs, next_goal)
         noise = torch.randn_like(next_action) * self.target_noise
         next_action = next_action + noise.clamp(-self.target_noise_clip, self.target_noise_clip)
@@ -567,7 +586,7 @@ class TD3:
         return reward + self.gamma * (1 - terminated) * next_q
 
     def critic_loss(self, td_target, obs, goal, action):
-        """Huber loss of both critics, summed, and the mean Q for the log."""
+        """td_target [B] -> Huber loss of both critics, summed, and the mean Q for the log; both []"""
         q = self.critic(obs, goal, action)  # [2, B]
         return F.smooth_l1_loss(q, td_target.expand_as(q), reduction="none").mean(1).sum(), q.detach().mean()
 
@@ -599,9 +618,9 @@ class TD3:
                 group["capturable"] = self.limit.is_cuda  # the file may come from another device
 
 
-def explore(agent: TD3, obs, goal, random_share: float):
-    """The noisy policy's action, or with the given chance one that is uniform within the limit."""
-    if random_share == 0 or (random_share < 1 and torch.rand(()) >= random_share):
+def explore(agent: TD3, obs, goal, uniform_share: float):
+    """An action in training: the policy's with noise, or with this chance one uniform within the limit."""
+    if uniform_share == 0 or (uniform_share < 1 and torch.rand(()) >= uniform_share):
         return agent.act(obs, goal, explore=True)
     return ((2 * torch.rand_like(agent.limit) - 1) * agent.limit).cpu().numpy()
 
@@ -616,7 +635,7 @@ class ReplayBuffer:
         self.shapes, self.sizes = shapes, [int(np.prod(shape)) for shape in shapes.values()]
         self.rows = torch.empty(capacity, sum(self.sizes), device=device)  # memory is taken as it fills
         self.added = 0  # entries ever added
-        self.size = torch.zeros((), device=device)  # filled rows, where sampling needs it
+        self.size = torch.zeros((), device=device)  # len(self), where a recorded CUDA graph reads it anew
 
     def __len__(self) -> int:
         return min(self.added, len(self.rows))
@@ -639,10 +658,8 @@ class ReplayBuffer:
 
     def unpack(self, rows) -> SimpleNamespace:
         """Rows [n, row size] -> their fields as views, [n, *shape]."""
-        columns = rows.split(self.sizes, -1)
-        return SimpleNamespace(
-            **{n: c.reshape(len(rows), *s) for (n, s), c in zip(self.shapes.items(), columns)}
-        )
+        columns = zip(self.shapes.items(), rows.split(self.sizes, -1))
+        return SimpleNamespace(**{name: c.reshape(len(rows), *shape) for (name, shape), c in columns})
 
     def state_dict(self) -> dict:
         rows = self.rows[: len(self)].clone()  # a view would save all its storage
@@ -764,7 +781,8 @@ class DynamicsEnsemble(nn.Module):
     def relative_error(self, obs, action, delta) -> float:
         """Squared error over the variance of the target, mean over dims. 1: the model knows nothing."""
         prediction = self(obs, action)[0].mean(0) * self.delta_std + self.delta_mean
-        return float(((prediction - delta) / (delta.std(0) + 1e-7)).square().mean())
+        std = torch.maximum(delta.std(0) + 1e-7, self.delta_std)  # some entries move in some rows only
+        return float(((prediction - delta) / std).square().mean())
 
     def get_extra_state(self):
         return {"trained_at": self.trained_at}
@@ -800,7 +818,7 @@ def train_dynamics(
     batch = buffer.unpack(buffer.rows[rows])
     data = (batch.obs, batch.action, batch.next_obs - batch.obs)
     dynamics.widen_box(torch.cat([batch.obs, batch.next_obs]))
-    hold = rows % 5 == 4  # the same ones at each training, as the networks keep what they have learned
+    hold = rows % 5 == 4  # the same ones at each training (steps 4 and 9 of a period): networks remember
     held_out, data = [x[hold] for x in data], [x[~hold] for x in data]
     metrics = {"dynamics/error_before": dynamics.relative_error(*held_out)} if dynamics.trained_at else {}
     dynamics.fit_statistics(*data)
@@ -878,8 +896,8 @@ def train_adjacency(adjacency: Adjacency, optimizer, args: Args) -> dict:
     adjacency.positions = 0
     if pairs.shape[1] == 0:
         return {}
-    losses = []
     for _ in range(args.adjacency_epochs):
+        losses = []  # of this pass
         order = pairs[:, torch.randperm(pairs.shape[1], device=device)]
         for a, b in order.split(args.adjacency_batch_size, 1):
             embedded = adjacency.embed(torch.cat([cells[a], cells[b]]))
@@ -887,8 +905,7 @@ def train_adjacency(adjacency: Adjacency, optimizer, args: Args) -> dict:
             loss = contrastive_loss(distance, labels[a, b], args)
             adam_step(optimizer, params, loss)
             losses.append(loss.detach())
-    last = len(losses) // args.adjacency_epochs  # updates of the last pass
-    return {"adjacency/loss": torch.stack(losses[-last:]).mean()}
+    return {"adjacency/loss": torch.stack(losses).mean()}
 
 
 # --------------------------------------------------------------------------------------------------- novelty
@@ -975,10 +992,11 @@ def score_candidates(worker: TD3, candidates, batch):
     """Log-likelihood of the recorded actions under each candidate (HIRO). [B, K, D] -> [B, K]
 
     -1/2 sum_i |a_i - mu(s_i, g_i)|^2 in units of the action's limit; g_i follows the subgoal transition.
+    B rows, K candidates, D entries of a subgoal, c steps of a period, A entries of an action.
     """
     dims, period = candidates.shape[-1], batch.action_seq.shape[1]
     achieved_seq = batch.obs_seq[:, None, :-1, :dims]  # [B, 1, c, D]
-    # [B, K, c, D]
+    # what is left of each candidate at each step [B, K, c, D]
     subgoals = subgoal_transition(achieved_seq[:, :, :1], candidates[:, :, None], achieved_seq)
     obs = batch.obs_seq[:, None, :-1].expand(*subgoals.shape[:-1], -1)  # [B, K, c, obs_dim]
     actions = in_blocks(worker.actor, obs.flatten(0, 2), subgoals.flatten(0, 2)).view(*obs.shape[:3], -1)
@@ -1036,8 +1054,8 @@ def relabel_subgoals(worker: TD3, dynamics: DynamicsEnsemble, batch, half_range,
         score = score_rollouts(worker, dynamics, candidates, batch, half_range, args)
     else:
         score = score_candidates(worker, candidates, batch)
-    best = score.argmax(1)  # the first wins ties
-    best = candidates[torch.arange(len(best), device=best.device), best]
+    index = score.argmax(1)  # the first wins ties
+    best = candidates[torch.arange(len(index), device=index.device), index]
     return shift_towards(batch.subgoal, best, half_range, args)
 
 
@@ -1131,7 +1149,7 @@ def planner_precision(args: Args, obs):
 
 
 class LandmarkGraph:
-    """The landmarks and the edges between them, kept for some plans if asked: half of the cost of a plan."""
+    """The landmarks and the edges between them, kept for some plans if asked: a third of a plan's rows."""
 
     def __init__(self, device):
         self.obs, self.edges = torch.zeros(0, 0, device=device), torch.zeros(0, 0, device=device)
@@ -1198,9 +1216,9 @@ def landmark_loss(adjacency: Adjacency, achieved, subgoal, target_landmark, args
 def gradient_penalty(worker: TD3, dynamics: DynamicsEnsemble, obs, subgoal, args: Args) -> tuple:
     """Hinge on the critics' gradient by the action (GCMR). Returns it and numbers for the log.
 
-    No Q function can change faster with the action than k = sqrt(A) L_r / (1 - gamma), where L_r is how fast
-    the reward changes with it, according to the model. obs [B, obs_dim], subgoal [B, D]. As released, that is
-    the unscaled reward: with --worker-reward-scale 1.5 (AntPush-Small) k is too low.
+    The paper's bound on how fast Q changes with the action: k = sqrt(A) L_r / (1 - gamma), where L_r is how
+    fast the next reward does by the model, at most in the batch. obs [B, obs_dim], subgoal [B, D]. As
+    released, of the unscaled reward: with --worker-reward-scale 1.5 (AntPush-Small) k is too low.
     """
     if args.gradient_penalty_form == "paper":
         action = worker.actor(obs, subgoal).detach()
@@ -1401,7 +1419,7 @@ def update_manager(
             graph.refresh(worker, novelty, worker_buffer, subgoal.shape[-1], args)
             target_landmark = plan_landmarks(worker, graph, obs[:rows], batch.goal[:rows], args)
             weight = args.landmark_weight
-        else:  # as released, the landmark is where one is, which pulls the subgoal to 0
+        else:  # as released, the landmark is where one is: pulls the subgoal to 0 (in "adjacency": within it)
             target_landmark = here
             weight = args.landmark_weight * args.landmark_weight_before_planner
         to_landmark = landmark_loss(adjacency, here, subgoal[:rows], target_landmark, args)
@@ -1541,6 +1559,8 @@ class Recorder:
         for row, column in maze.walls:
             x, y = maze.centre(row, column)
             axes.add_patch(Rectangle((x - side / 2, y - side / 2), side, side, color="0.8"))
+        for x, y, half_x, half_y in self.env.task.slabs:
+            axes.add_patch(Rectangle((x - half_x, y - half_y), 2 * half_x, 2 * half_y, color="0.8"))
         for goal, positions, targets in self.paths:
             axes.plot(*np.reshape(targets, (-1, 2)).T, ".", color="tab:orange", markersize=2)
             axes.plot(*np.transpose(positions), color="tab:blue", linewidth=1)
@@ -1567,6 +1587,14 @@ class Recorder:
 # -------------------------------------------------------------------------------------- logs and checkpoints
 
 
+def try_to_render(env):
+    """Without a GL library a film fails: better now than at the first evaluation."""
+    try:
+        env.render()
+    except RuntimeError as error:
+        fail(f"--capture-video: {error}")
+
+
 def describe_run(args: Args) -> dict:
     """What is needed to repeat a run: arguments, command, versions, commit, machine."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -1575,7 +1603,7 @@ def describe_run(args: Args) -> dict:
     packages = ("torch", "gymnasium", "mujoco", "numpy", "tyro")
     return {
         "script": SCRIPT,
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "commit": commit or "unknown",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
@@ -1628,7 +1656,7 @@ def check_finite(losses: dict, step: int, run_dir: Path) -> dict:
     numbers = {name: float(value) for name, value in losses.items()}
     bad = [name for name, value in numbers.items() if not np.isfinite(value)]
     if bad:
-        fail(f"{', '.join(bad)} is not finite at step {step}; the last good model is kept in {run_dir}")
+        fail(f"{', '.join(bad)} is not finite at step {step}; the files in {run_dir} are from before")
     return numbers
 
 
@@ -1771,8 +1799,8 @@ def make_agents(env, args: Args, device) -> tuple[TD3, TD3]:
         fail(f"--subgoal-space {args.subgoal_space} needs obs of {len(half_range)}, {args.env} has {obs_dim}")
     if not (env.action_space.low == -env.action_space.high).all():
         fail(f"{args.env}: actions must lie within +-limit, as the actor's do; rescale them in step()")
-    if len(limit) != env.action_space.shape[0]:
-        fail(f"--action-limit needs {env.action_space.shape[0]} numbers for {args.env}")
+    if len(limit) != env.action_space.shape[0] or not (limit > 0).all():
+        fail(f"--action-limit needs {env.action_space.shape[0]} positive numbers for {args.env}")
     noise = (args.manager_noise, args.manager_target_noise, args.manager_target_noise_clip)
     scale = torch.ones(obs_dim + goal_dim + len(half_range), device=device)
     manager = TD3(scale, half_range, args.manager_gamma, noise, args)
@@ -1804,7 +1832,8 @@ def make_run_dir(args: Args) -> Path:
     """The run's folder, with config.json in it."""
     default = f"runs/{args.env}__{SCRIPT}__{args.variant}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.run_dir or (Path(args.resume).parent if args.resume else default))
-    if not args.resume and (run_dir / "progress.csv").exists():
+    own = args.resume and run_dir.resolve() == Path(args.resume).resolve().parent
+    if not own and (run_dir / "progress.csv").exists():
         fail(f"{run_dir} holds a run already; choose another --run-dir, or go on with --resume")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -1840,6 +1869,8 @@ def main(args: Args):
     novelty = Novelty(obs_dim, len(manager.limit)).to(device)
     agents = {"manager": manager, "worker": worker, "novelty": novelty}  # novelty: for the pictures
     eval_seed = 1_000_003 * (args.seed + 1)  # far from the seeds of training
+    if args.capture_video:
+        try_to_render(eval_env)
 
     if args.eval_only:
         load_parts(agents, load_checkpoint(args.checkpoint), args.checkpoint)
@@ -1880,8 +1911,14 @@ def main(args: Args):
     run_dir = make_run_dir(args)  # after all refusals: its config.json still tells who wrote the checkpoint
     learn_worker = cuda_graph(update_worker, args, device)  # the manager's planner is steered by the CPU
     stop = []  # signals received
-    handlers = {n: signal.signal(n, lambda number, frame: stop.append(number)) for n in STOP_SIGNALS}
+
+    def ask_to_stop(number, frame):
+        stop.append(number)
+        os.write(2, b"\nstopping after this step, with a checkpoint\n")
+
+    handlers = {number: signal.signal(number, ask_to_stop) for number in STOP_SIGNALS}
     writer = SummaryWriter(str(run_dir), purge_step=first_step)
+    writer.add_text("config", f"```\n{(run_dir / 'config.json').read_text()}```", first_step)
     progress = tqdm(total=args.total_steps, initial=first_step - 1, unit="step", mininterval=2, disable=None)
     begin, last_time, last_step = time.time() - loop.seconds, time.time(), first_step - 1
 
@@ -1889,7 +1926,7 @@ def main(args: Args):
         # ---- act
         obs, goal, subgoal = loop.obs, loop.goal, loop.subgoal
         warm_up = args.uniform_warmup and step <= args.learning_starts
-        random_subgoals = 1.0 if warm_up else args.random_subgoals
+        uniform_share = 1.0 if warm_up else args.random_subgoals  # of subgoals issued
         action = explore(worker, obs, subgoal, float(warm_up))
 
         # ---- learn from all steps up to the last; a GPU does so while the CPU simulates the next one
@@ -1920,6 +1957,7 @@ def main(args: Args):
         segment.add(action, reward, next_obs)
 
         # ---- close the segment
+        issued = segment.length == period and not episode_over  # the manager sets a new subgoal
         if segment.length == period or episode_over:
             manager_buffer.add(
                 **segment.sequences(),
@@ -1931,10 +1969,8 @@ def main(args: Args):
             xy_rows = (segment.obs_seq[0, :2], loop.first_subgoal[:2], next_obs[:2])
             loop.periods.append(np.concatenate(xy_rows).tolist())
             segment.start(next_obs)
-            if not episode_over:
-                loop.first_subgoal = explore(manager, next_obs, goal, random_subgoals)
-
-        issued = segment.length == 0 and not episode_over  # a new subgoal
+        if issued:  # from here on first_subgoal is that of the next segment
+            loop.first_subgoal = explore(manager, next_obs, goal, uniform_share)
         if issued and args.worker_looks_ahead:
             next_subgoal = loop.first_subgoal
 
@@ -1975,7 +2011,7 @@ def main(args: Args):
             loop.returns.append(loop.episode_return)
             loop.episode_return = 0.0
             loop.obs, loop.goal = split_observation(env.reset()[0])
-            loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, random_subgoals)
+            loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, uniform_share)
             segment.start(loop.obs)
 
         # ---- evaluate, log, save

@@ -3,8 +3,8 @@
     python hiro.py --env AntMaze-ULarge            # train
     python hiro.py --env AntMaze-ULarge --help     # every setting, with the values for this environment
 
-Two TD3 agents. The manager sees the task's goal and hands out a subgoal, a wished-for change of the state,
-every `manager_period` steps. The worker sees the subgoal, never the goal, and is paid for coming closer:
+Two TD3 agents. Every `manager_period` steps the manager, who sees the task's goal, sets a subgoal: how much
+achieved = obs[:dims], the first entries of obs, shall change. The worker sees the subgoal, never the goal:
 
     every manager_period steps:
         subgoal = manager.actor(obs, goal) + noise
@@ -12,15 +12,16 @@ every `manager_period` steps. The worker sees the subgoal, never the goal, and i
         action = worker.actor(obs, subgoal) + noise
         next_obs, reward = env.step(action)
         worker's reward = -|achieved + subgoal - next_achieved|           intrinsic_reward
-        next_subgoal = achieved + subgoal - next_achieved                 subgoal_transition: the same target,
-                       but at the end of a period the manager's next subgoal
-        update_worker: TD3 on (obs, subgoal, action, worker's reward, next_obs, next_subgoal)
+        next_subgoal = achieved + subgoal - next_achieved                 subgoal_transition: the same target
+        update_worker: TD3 on (obs, subgoal, action, worker's reward, next_obs, next_subgoal); at the end of a
+                       period next_subgoal is the manager's new one (--worker-looks-ahead)
     every manager_period steps:
-        update_manager: TD3 on (obs, goal, relabeled subgoal, summed reward, obs one period later)
+        update_manager: TD3 on (obs, goal, relabeled subgoal, 0.1 * summed reward, obs one period later)
         relabel_subgoals: the worker has changed since a segment was recorded, so its subgoal is replaced by
         the candidate that best explains the recorded actions to the present worker (off-policy correction)
 
-Not in the paper and off by default: --rest-value and --redrawn-subgoals, for a worker that learns faster.
+Off by default, for a worker that learns faster: --redrawn-subgoals (tried in HIRO's paper) and --rest-value
+(in none).
 """
 
 import contextlib
@@ -31,6 +32,7 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -56,7 +58,7 @@ from tqdm import tqdm
 from common_envs import SPECS, make_env
 
 SCRIPT = Path(__file__).stem
-FORMAT = 1  # of checkpoints; raised when an older agent could not be evaluated any more
+FORMAT = 1  # of checkpoints; to be raised when this version writes what older ones cannot read
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
 RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
@@ -144,7 +146,7 @@ class Args:
     action_limit: tuple[float, ...] = ()  # bounds of the worker's output; empty: the environment's
     scale_worker_inputs: bool = False  # divide subgoal and action by their half-range before worker networks
     rest_value: bool = False  # worker Q = network - |subgoal| / (1 - gamma), of resting; not in the paper
-    redrawn_subgoals: float = 0.0  # share of the worker's rows redone for a uniform subgoal; not in the paper
+    redrawn_subgoals: float = 0.0  # share of the worker's rows with a random subgoal (HIRO 5.2, an ablation)
 
     # --- Manager ---
     manager_gamma: float = 0.99  # discount per segment
@@ -208,7 +210,7 @@ PRESETS: dict[str, dict] = {
 }
 
 # Subgoals are about the first entries of obs: x, y, z, quaternion, then hip and ankle of four legs.
-# Half-ranges of HIRO appendix C.
+# Half-ranges (entries lie within +-) of HIRO appendix C; in the networks the manager's limit.
 FULL = (10.0, 10.0, 0.5, 1.0, 1.0, 1.0, 1.0, 0.5, 0.3, 0.5, 0.3, 0.5, 0.3, 0.5, 0.3)
 SUBGOAL_SPACES = {"full": FULL, "xyz": FULL[:3], "xy": FULL[:2]}
 
@@ -219,7 +221,7 @@ def fail(message: str):
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Defaults, then the settings of --env (or of the loaded checkpoint), then the flags."""
+    """Two passes: --env or a checkpoint sets the defaults, then all flags are read, and shown, with them."""
 
     @dataclass
     class First:
@@ -245,6 +247,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             settings |= {"track": False, "capture_video": False}  # those of the training
         if first.eval_only and first.env not in (None, settings["env"]):
             settings |= {"env": first.env, "eval_goals": PRESETS.get(first.env, {}).get("eval_goals", ())}
+            settings |= {} if settings["reward"] in SPECS[first.env].rewards else {"reward": None}
     else:
         env = first.env or Args.env
         preset = PRESETS.get(env, {})
@@ -255,7 +258,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         Args,
         args=argv,
         default=before,
-        description=f"{__doc__.splitlines()[0]} Settings of {settings['env']}: {source}.",
+        description=f"{__doc__.splitlines()[0]} Settings of {settings['env']}: {source}. "
+        f"Environments: {', '.join(SPECS)}.",
     )
     may_change = EVAL_MAY_CHANGE if first.eval_only else RESUME_MAY_CHANGE
     fixed = (field.name for field in dataclasses.fields(Args) if field.name not in may_change)
@@ -280,13 +284,14 @@ def check_args(args: Args):
     for name in positive.split():
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("seed", "threads", "save_every"):
+    for name in ("seed", "threads", "save_every", "actor_lr", "critic_lr"):
         if getattr(args, name) < 0:
             fail(f"--{name.replace('_', '-')} must not be negative")
     if args.seed >= 2**32:
         fail("--seed must be below 2**32")
-    if not 0 <= args.redrawn_subgoals <= 1:
-        fail("--redrawn-subgoals must be within 0 to 1")
+    for name in ("tau", "manager_gamma", "random_subgoals", "redrawn_subgoals"):
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name.replace('_', '-')} must be within 0 to 1")
     if (args.redrawn_subgoals > 0 or args.rest_value) and args.worker_looks_ahead:
         fail(
             "--redrawn-subgoals and --rest-value hold for one subgoal at a time: add --no-worker-looks-ahead"
@@ -295,9 +300,14 @@ def check_args(args: Args):
         fail("--worker-gamma must be below 1, and not negative: a death counts reward / (1 - gamma)")
     if args.learning_starts < args.manager_period:
         fail("--learning-starts must be at least --manager-period: the manager learns from whole segments")
+    if args.subgoal_space != "xy" and (spec.kind == "point" or spec.observe_block):
+        fail(f"--subgoal-space {args.subgoal_space}: after x and y obs of {args.env} has no z, use xy")
     dims = len(SUBGOAL_SPACES[args.subgoal_space])
-    if args.subgoal_limit and (len(args.subgoal_limit) != dims or min(args.subgoal_limit) <= 0):
-        fail(f"--subgoal-limit: --subgoal-space {args.subgoal_space} needs {dims} positive numbers, or none")
+    if args.subgoal_limit and (len(args.subgoal_limit) != dims or not all(x > 0 for x in args.subgoal_limit)):
+        fail(
+            f"--subgoal-limit: --subgoal-space {args.subgoal_space} needs {dims} positive numbers, or none: "
+            "the flag alone stands for the space's own"
+        )
     if args.eval_goals and (not spec.goal_dim or len(args.eval_goals) % spec.goal_dim):
         fail(f"--eval-goals: a goal of {args.env} has {spec.goal_dim} numbers")
     try:
@@ -361,7 +371,7 @@ def init_output_(layers: list[nn.Module], bound: float):
 
 
 class Actor(nn.Module):
-    """(obs, goal) -> action within +-limit. The manager's action is a subgoal, the worker's a torque."""
+    """(obs, goal) -> action within +-limit. The manager's action is a subgoal, which is the worker's goal."""
 
     def __init__(self, input_scale, limit, hidden: int, output_init: float):
         super().__init__()
@@ -431,8 +441,8 @@ class TD3:
     """One level of the hierarchy (Fujimoto et al. 2018). Only plumbing: what the methods differ in is below.
 
     input_scale [obs_dim + goal_dim + action_dim] multiplies what the networks see, limit [action_dim] bounds
-    the action, noise = (exploration std, target smoothing std, its clip) in units of the action. For the
-    worker also the half-range of its subgoals, and rest, see Critic.
+    the action, noise = (exploration std, target smoothing std, its clip) in units of the action. The worker
+    also has half_range [D], of its subgoals, for redraw_subgoals, and rest, see Critic.
     """
 
     def __init__(self, input_scale, limit, gamma: float, noise: tuple, args: Args, half_range=None, rest=0.0):
@@ -456,7 +466,7 @@ class TD3:
 
     @torch.no_grad()
     def act(self, obs, goal, explore: bool):
-        """Action for one observation, numpy in and out. explore adds Gaussian noise, clipped to the limit."""
+        """obs [obs_dim], goal [goal_dim] -> action [action_dim], numpy. explore adds noise, then clips."""
         obs, goal = (torch.as_tensor(x, device=self.limit.device)[None] for x in (obs, goal))
         action = self.actor(obs, goal)[0]
         if explore:
@@ -468,7 +478,7 @@ class TD3:
 
     @torch.no_grad()
     def td_target(self, reward, terminated, next_obs, next_goal):
-        """y = r + gamma min(Q1', Q2')(s', smoothed target action) [B]. A time limit is not terminal."""
+        """y = r + gamma (1 - terminated) min(Q1', Q2')(s', smoothed target action). reward [B] -> [B]"""
         next_action = self.target_actor(next_obs, next_goal)
         noise = torch.randn_like(next_action) * self.target_noise
         next_action = next_action + noise.clamp(-self.target_noise_clip, self.target_noise_clip)
@@ -476,7 +486,7 @@ class TD3:
         return reward + self.gamma * (1 - terminated) * next_q
 
     def critic_loss(self, td_target, obs, goal, action):
-        """Huber loss of both critics, summed, and the mean Q for the log."""
+        """td_target [B] -> Huber loss of both critics, summed, and the mean Q for the log; both []"""
         q = self.critic(obs, goal, action)  # [2, B]
         return F.smooth_l1_loss(q, td_target.expand_as(q), reduction="none").mean(1).sum(), q.detach().mean()
 
@@ -508,9 +518,9 @@ class TD3:
                 group["capturable"] = self.limit.is_cuda  # the file may come from another device
 
 
-def explore(agent: TD3, obs, goal, random_share: float):
-    """The noisy policy's action, or with the given chance one that is uniform within the limit."""
-    if random_share == 0 or (random_share < 1 and torch.rand(()) >= random_share):
+def explore(agent: TD3, obs, goal, uniform_share: float):
+    """An action in training: the policy's with noise, or with this chance one uniform within the limit."""
+    if uniform_share == 0 or (uniform_share < 1 and torch.rand(()) >= uniform_share):
         return agent.act(obs, goal, explore=True)
     return ((2 * torch.rand_like(agent.limit) - 1) * agent.limit).cpu().numpy()
 
@@ -525,7 +535,7 @@ class ReplayBuffer:
         self.shapes, self.sizes = shapes, [int(np.prod(shape)) for shape in shapes.values()]
         self.rows = torch.empty(capacity, sum(self.sizes), device=device)  # memory is taken as it fills
         self.added = 0  # entries ever added
-        self.size = torch.zeros((), device=device)  # filled rows, where sampling needs it
+        self.size = torch.zeros((), device=device)  # len(self), where a recorded CUDA graph reads it anew
 
     def __len__(self) -> int:
         return min(self.added, len(self.rows))
@@ -543,10 +553,8 @@ class ReplayBuffer:
 
     def unpack(self, rows) -> SimpleNamespace:
         """Rows [n, row size] -> their fields as views, [n, *shape]."""
-        columns = rows.split(self.sizes, -1)
-        return SimpleNamespace(
-            **{n: c.reshape(len(rows), *s) for (n, s), c in zip(self.shapes.items(), columns)}
-        )
+        columns = zip(self.shapes.items(), rows.split(self.sizes, -1))
+        return SimpleNamespace(**{name: c.reshape(len(rows), *shape) for (name, shape), c in columns})
 
     def state_dict(self) -> dict:
         rows = self.rows[: len(self)].clone()  # a view would save all its storage
@@ -610,10 +618,11 @@ def score_candidates(worker: TD3, candidates, batch):
     """Log-likelihood of the recorded actions under each candidate (HIRO). [B, K, D] -> [B, K]
 
     -1/2 sum_i |a_i - mu(s_i, g_i)|^2 in units of the action's limit; g_i follows the subgoal transition.
+    B rows, K candidates, D entries of a subgoal, c steps of a period, A entries of an action.
     """
     dims, period = candidates.shape[-1], batch.action_seq.shape[1]
     achieved_seq = batch.obs_seq[:, None, :-1, :dims]  # [B, 1, c, D]
-    # [B, K, c, D]
+    # what is left of each candidate at each step [B, K, c, D]
     subgoals = subgoal_transition(achieved_seq[:, :, :1], candidates[:, :, None], achieved_seq)
     obs = batch.obs_seq[:, None, :-1].expand(*subgoals.shape[:-1], -1)  # [B, K, c, obs_dim]
     actions = in_blocks(worker.actor, obs.flatten(0, 2), subgoals.flatten(0, 2)).view(*obs.shape[:3], -1)
@@ -643,8 +652,8 @@ def relabel_subgoals(worker: TD3, batch, half_range, args: Args):
 def redraw_subgoals(worker: TD3, batch, args: Args):
     """A share of the worker's rows as if they had been done for another subgoal, uniform in its range.
 
-    What happened does not depend on the subgoal and the reward of any other is known, so that a worker which
-    is asked for little learns all directions (Kaelbling 1993; akin to HER, Andrychowicz et al. 2017).
+    HIRO section 5.2, lower-level re-labelling. What happened does not depend on the subgoal and the reward of
+    any other is known, so a worker that is asked for little learns all directions (Kaelbling 1993).
     """
     if args.redrawn_subgoals == 0:
         return batch
@@ -652,8 +661,8 @@ def redraw_subgoals(worker: TD3, batch, args: Args):
     achieved, next_achieved = batch.obs[:, :dims], batch.next_obs[:, :dims]
     subgoal = (2 * torch.rand_like(batch.subgoal) - 1) * worker.half_range
     next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
-    own = safe_norm(subgoal_transition(achieved, batch.subgoal, next_achieved))
-    reward = batch.reward * safe_norm(next_subgoal) / own  # keeps a death's 1 / (1 - gamma)
+    own = safe_norm(subgoal_transition(achieved, batch.subgoal, next_achieved))  # batch.reward is -own, ...
+    reward = batch.reward * safe_norm(next_subgoal) / own  # ... at a death times 1 / (1 - gamma), which stays
     chosen = torch.rand_like(batch.reward) < args.redrawn_subgoals
     batch.reward = torch.where(chosen, reward, batch.reward)
     batch.subgoal = torch.where(chosen[:, None], subgoal, batch.subgoal)
@@ -831,6 +840,8 @@ class Recorder:
         for row, column in maze.walls:
             x, y = maze.centre(row, column)
             axes.add_patch(Rectangle((x - side / 2, y - side / 2), side, side, color="0.8"))
+        for x, y, half_x, half_y in self.env.task.slabs:
+            axes.add_patch(Rectangle((x - half_x, y - half_y), 2 * half_x, 2 * half_y, color="0.8"))
         for goal, positions, targets in self.paths:
             axes.plot(*np.reshape(targets, (-1, 2)).T, ".", color="tab:orange", markersize=2)
             axes.plot(*np.transpose(positions), color="tab:blue", linewidth=1)
@@ -857,6 +868,14 @@ class Recorder:
 # -------------------------------------------------------------------------------------- logs and checkpoints
 
 
+def try_to_render(env):
+    """Without a GL library a film fails: better now than at the first evaluation."""
+    try:
+        env.render()
+    except RuntimeError as error:
+        fail(f"--capture-video: {error}")
+
+
 def describe_run(args: Args) -> dict:
     """What is needed to repeat a run: arguments, command, versions, commit, machine."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -865,7 +884,7 @@ def describe_run(args: Args) -> dict:
     packages = ("torch", "gymnasium", "mujoco", "numpy", "tyro")
     return {
         "script": SCRIPT,
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "commit": commit or "unknown",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
@@ -918,7 +937,7 @@ def check_finite(losses: dict, step: int, run_dir: Path) -> dict:
     numbers = {name: float(value) for name, value in losses.items()}
     bad = [name for name, value in numbers.items() if not np.isfinite(value)]
     if bad:
-        fail(f"{', '.join(bad)} is not finite at step {step}; the last good model is kept in {run_dir}")
+        fail(f"{', '.join(bad)} is not finite at step {step}; the files in {run_dir} are from before")
     return numbers
 
 
@@ -1061,8 +1080,8 @@ def make_agents(env, args: Args, device) -> tuple[TD3, TD3]:
         fail(f"--subgoal-space {args.subgoal_space} needs obs of {len(half_range)}, {args.env} has {obs_dim}")
     if not (env.action_space.low == -env.action_space.high).all():
         fail(f"{args.env}: actions must lie within +-limit, as the actor's do; rescale them in step()")
-    if len(limit) != env.action_space.shape[0]:
-        fail(f"--action-limit needs {env.action_space.shape[0]} numbers for {args.env}")
+    if len(limit) != env.action_space.shape[0] or not (limit > 0).all():
+        fail(f"--action-limit needs {env.action_space.shape[0]} positive numbers for {args.env}")
     noise = (args.manager_noise, args.manager_target_noise, args.manager_target_noise_clip)
     scale = torch.ones(obs_dim + goal_dim + len(half_range), device=device)
     manager = TD3(scale, half_range, args.manager_gamma, noise, args)
@@ -1094,7 +1113,8 @@ def make_run_dir(args: Args) -> Path:
     """The run's folder, with config.json in it."""
     default = f"runs/{args.env}__{SCRIPT}__{args.variant}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.run_dir or (Path(args.resume).parent if args.resume else default))
-    if not args.resume and (run_dir / "progress.csv").exists():
+    own = args.resume and run_dir.resolve() == Path(args.resume).resolve().parent
+    if not own and (run_dir / "progress.csv").exists():
         fail(f"{run_dir} holds a run already; choose another --run-dir, or go on with --resume")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -1126,6 +1146,8 @@ def main(args: Args):
     manager, worker = make_agents(env, args, device)
     agents = {"manager": manager, "worker": worker}
     eval_seed = 1_000_003 * (args.seed + 1)  # far from the seeds of training
+    if args.capture_video:
+        try_to_render(eval_env)
 
     if args.eval_only:
         load_parts(agents, load_checkpoint(args.checkpoint), args.checkpoint)
@@ -1154,8 +1176,14 @@ def main(args: Args):
     run_dir = make_run_dir(args)  # after all refusals: its config.json still tells who wrote the checkpoint
     learn_worker, learn_manager = (cuda_graph(f, args, device) for f in (update_worker, update_manager))
     stop = []  # signals received
-    handlers = {n: signal.signal(n, lambda number, frame: stop.append(number)) for n in STOP_SIGNALS}
+
+    def ask_to_stop(number, frame):
+        stop.append(number)
+        os.write(2, b"\nstopping after this step, with a checkpoint\n")
+
+    handlers = {number: signal.signal(number, ask_to_stop) for number in STOP_SIGNALS}
     writer = SummaryWriter(str(run_dir), purge_step=first_step)
+    writer.add_text("config", f"```\n{(run_dir / 'config.json').read_text()}```", first_step)
     progress = tqdm(total=args.total_steps, initial=first_step - 1, unit="step", mininterval=2, disable=None)
     begin, last_time, last_step = time.time() - loop.seconds, time.time(), first_step - 1
 
@@ -1163,7 +1191,7 @@ def main(args: Args):
         # ---- act
         obs, goal, subgoal = loop.obs, loop.goal, loop.subgoal
         warm_up = args.uniform_warmup and step <= args.learning_starts
-        random_subgoals = 1.0 if warm_up else args.random_subgoals
+        uniform_share = 1.0 if warm_up else args.random_subgoals  # of subgoals issued
         action = explore(worker, obs, subgoal, float(warm_up))
 
         # ---- learn from all steps up to the last; a GPU does so while the CPU simulates the next one
@@ -1189,6 +1217,7 @@ def main(args: Args):
         segment.add(action, reward, next_obs)
 
         # ---- close the segment
+        issued = segment.length == period and not episode_over  # the manager sets a new subgoal
         if segment.length == period or episode_over:
             manager_buffer.add(
                 **segment.sequences(),
@@ -1200,10 +1229,8 @@ def main(args: Args):
             xy_rows = (segment.obs_seq[0, :2], loop.first_subgoal[:2], next_obs[:2])
             loop.periods.append(np.concatenate(xy_rows).tolist())
             segment.start(next_obs)
-            if not episode_over:
-                loop.first_subgoal = explore(manager, next_obs, goal, random_subgoals)
-
-        issued = segment.length == 0 and not episode_over  # a new subgoal
+        if issued:  # from here on first_subgoal is that of the next segment
+            loop.first_subgoal = explore(manager, next_obs, goal, uniform_share)
         if issued and args.worker_looks_ahead:
             next_subgoal = loop.first_subgoal
 
@@ -1226,7 +1253,7 @@ def main(args: Args):
             loop.returns.append(loop.episode_return)
             loop.episode_return = 0.0
             loop.obs, loop.goal = split_observation(env.reset()[0])
-            loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, random_subgoals)
+            loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, uniform_share)
             segment.start(loop.obs)
 
         # ---- evaluate, log, save

@@ -181,7 +181,7 @@ class ToyEnv:
         space = gym.spaces.Box(-np.inf, np.inf, (5,), np.float64)
         self.observation_space = gym.spaces.Dict(observation=space)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
-        self.task = SimpleNamespace(goal_dim=2, reward_dims=2, eval_goals=(goal,))
+        self.task = SimpleNamespace(goal_dim=2, reward_dims=2, eval_goals=(goal,), slabs=())
         self.maze = SimpleNamespace(walls=(), size=1.0)
         self.log = []  # (obs, action, next_obs) of each step
         self.resets = []  # the seed of each

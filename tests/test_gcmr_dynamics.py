@@ -297,6 +297,16 @@ def test_training_learns_a_linear_system(trained):
     assert error == pytest.approx(naive, rel=0.01)
 
 
+def test_error_of_what_moves_in_training_rows_only():
+    """A block that is pushed once, in rows that are not held out: its error is of their scale."""
+    ensemble, (obs, action, delta) = make_ensemble(), linear_data(500)
+    moved = delta.clone()
+    moved[:50, 3] += 5.0
+    moved[50:, 3] = 0.0
+    ensemble.fit_statistics(obs, action, moved)
+    assert ensemble.relative_error(obs[50:], action[50:], moved[50:]) < 2
+
+
 def test_an_untrained_model_knows_nothing():
     ensemble, (obs, action, delta) = make_ensemble(), linear_data(500)
     assert ensemble.relative_error(obs, action, delta) > 0.7

@@ -316,3 +316,24 @@ def test_settings_that_all_environments_share():
         assert (args.worker_critic_updates, args.worker_critic_updates_with_penalty) == (1, 1 if point else 5)
         assert args.reward == ("sparse" if point else None)
         assert (args.worker_actor_every, args.path_search, args.relabel_norm) == (5, "exact", "batch")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--coverage-pool 0",
+        "--adjacency-batch-size 0",
+        "--dynamics-batch-size 0",
+        "--rollout-planning-goals 0",
+        "--rollout-planning-subgoals 0",
+        "--gradient-penalty-copies 0",
+        "--dynamics-rows 4",
+        "--novelty-landmarks -1",
+        "--landmark-weight -1",
+        "--relabel-shift -2",
+    ],
+)
+def test_flags_that_would_fail_hours_later(flags):
+    with pytest.raises(SystemExit) as stop:
+        gcmr.parse_args(flags.split())
+    assert flags.split()[0] in stop.value.code and "\n" not in stop.value.code

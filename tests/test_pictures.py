@@ -8,6 +8,8 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+import aclg_gcmr
+import cher
 import hiro
 from common_envs import make_env
 
@@ -65,8 +67,33 @@ def test_the_picture_is_written_for_each_evaluation(watched):
     assert images[0][0] == "eval/paths" and images[0][2] == 100
 
 
+@pytest.mark.parametrize("env, count", [("AntMaze-Bottleneck", 2), ("AntGather", 4)])
+def test_slabs_are_walls_too(tmp_path, env, count):
+    """The gap of Bottleneck and the fence of AntGather are no cells of the map."""
+    env = make_env(env, evaluate=True)
+    patches = hiro.Recorder(env, tmp_path, "eval").draw().axes[0].patches
+    drawn = {(*patch.get_xy(), patch.get_width(), patch.get_height()) for patch in patches}
+    assert len(drawn) == len(env.maze.walls) + count
+    if count == 2:  # x from 3.35 to 7.15 and 8.75 to 11.75, y 3.5 to 4.5
+        assert any(np.allclose(box, (3.35, 3.5, 3.8, 1)) for box in drawn)
+        assert any(np.allclose(box, (8.75, 3.5, 3, 1)) for box in drawn)
+
+
+@pytest.mark.parametrize("module", [hiro, cher, aclg_gcmr])
+def test_without_a_gl_library_films_are_refused_at_once(module, monkeypatch, tmp_path):
+    class Blind:
+        def render(self):
+            raise RuntimeError("cannot render on this machine")
+
+    make = module.make_env
+    monkeypatch.setattr(module, "make_env", lambda *a, evaluate=False, **k: Blind() if evaluate else make(*a))
+    with pytest.raises(SystemExit, match="--capture-video: cannot render on this machine"):
+        module.main(module.Args(env="PointMaze-U", capture_video=True, run_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
 def test_no_goal_no_star(tmp_path):
-    """AntGather has neither goals nor walls."""
+    """AntGather has no goals."""
     env = make_env("AntGather", evaluate=True)
     recorder = hiro.Recorder(env, tmp_path, "eval")
     recorder.start(np.zeros(0), 0, film=False)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import math
 import os
 import re
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS, TINY, TINY_OF, ToyEnv, read_rows
 
-from common_envs import SPECS
+from common_envs import SPECS, make_env
 
 ENVS = ("PointMaze-U", "AntMaze-U")
 FLAGS = [
@@ -214,6 +215,15 @@ BAD_FLAGS = [
     ("--worker-gamma -0.5", "--worker-gamma"),
     ("--threads -1", "--threads"),
     ("--seed 99999999999", "--seed"),
+    ("--tau 7", "--tau"),
+    ("--manager-gamma 1.5", "--manager-gamma"),
+    ("--random-subgoals 1.5", "--random-subgoals"),
+    ("--redrawn-subgoals -0.5", "--redrawn-subgoals"),
+    ("--actor-lr -1e-4", "--actor-lr"),
+    ("--subgoal-space xy --subgoal-limit 2 nan", "--subgoal-limit"),
+    ("--subgoal-space xy --subgoal-limit 2 0", "--subgoal-limit"),
+    ("--env PointMaze-U --subgoal-space xyz", "--subgoal-space xyz"),  # the third entry is the heading
+    ("--env AntPush-Small --subgoal-space xyz", "--subgoal-space xyz"),  # the third is the block's x
 ]
 if importlib.util.find_spec("wandb") is None:
     BAD_FLAGS.append(("--track", "pip install wandb"))
@@ -253,6 +263,29 @@ def test_a_folder_holds_one_run(trained, module):
     with pytest.raises(SystemExit, match="holds a run already.*--resume"):
         module.make_run_dir(args)
     assert before == {path.name: path.read_bytes() for path in trained.folder.glob("*.*")}
+
+
+def test_a_run_resumed_elsewhere_takes_no_other_runs_folder(trained, module, tmp_path):
+    """config.json, model.pt and checkpoint.pt of the run that is there would be replaced, its rows mixed."""
+    (tmp_path / "other").mkdir()
+    for name in ("config.json", "progress.csv"):
+        (tmp_path / "other" / name).write_text("{}")
+    args = dataclasses.replace(module.Args(), resume=str(trained.folder / "checkpoint.pt"))
+    with pytest.raises(SystemExit, match="holds a run already"):
+        module.make_run_dir(dataclasses.replace(args, run_dir=str(tmp_path / "other")))
+    assert (tmp_path / "other" / "config.json").read_text() == "{}"
+    new = module.make_run_dir(dataclasses.replace(args, run_dir=str(tmp_path / "new")))
+    assert (new / "config.json").exists()
+    same = dataclasses.replace(args, run_dir=str(new), resume=str(new / "checkpoint.pt"))
+    (new / "progress.csv").write_text("step\n")
+    assert module.make_run_dir(same) == new  # by its own checkpoint a run goes on
+
+
+@pytest.mark.parametrize("limit", [(0.0, 1.0), (-1.0, 1.0), (math.nan, 1.0), (1.0,)])
+def test_limits_of_actions(module, limit):
+    """Scores of candidates are divided by them."""
+    with pytest.raises(SystemExit, match="--action-limit needs 2 positive numbers"):
+        module.make_agents(ToyEnv(), module.Args(subgoal_space="xy", action_limit=limit), torch.device("cpu"))
 
 
 def test_actions_of_one_sign(module):
@@ -332,6 +365,16 @@ def test_checkpoint_of_another_environment(script, run, model_of, tmp_path):
     flags[2] = tmp_path / "model.pt"
     text = one_line_on_stderr(run(script, *flags, ok=False), script)
     assert "does not fit" in text and "size mismatch for layers.0.weight" in text
+
+
+def test_evaluation_elsewhere_takes_a_reward_that_is_there(module, tmp_path):
+    env = make_env("AntMaze-U", "sparse")
+    args = module.Args(env="AntMaze-U", reward="sparse", hidden=8)
+    agents = dict(zip(("manager", "worker"), module.make_agents(env, args, torch.device("cpu"))))
+    module.save_checkpoint(agents, args, tmp_path / "model.pt")
+    flags = ["--eval-only", "--checkpoint", str(tmp_path / "model.pt"), "--env"]
+    assert module.parse_args([*flags, "AntFourRooms"]).reward is None  # it has the dense one only
+    assert module.parse_args([*flags, "AntMaze-W"]).reward == "sparse"
 
 
 def test_evaluation_keeps_the_agent(script, module, capsys, model_of, tmp_path):
