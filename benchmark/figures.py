@@ -15,6 +15,7 @@ from pathlib import Path
 import tyro
 
 HERE = Path(__file__).resolve().parent
+COOPERATION = [f"cher/AntGather/{variant}" for variant in ("fixed", "dynamic", "hrl")]
 # picture: runs below benchmark/results, metric
 CURVES = {
     "curves_point.png": (
@@ -22,6 +23,8 @@ CURVES = {
         "eval/success",
     ),
     "curves_gather.png": (["cher/AntGather"], "eval/return"),
+    "curves_gather_value.png": (COOPERATION, "manager/coop_value"),
+    "curves_gather_worker.png": (COOPERATION, "worker/period_return"),
     "curves_coop.png": (["cher/PointMaze-U/dynamic"], "manager/coop_ratio"),
     "curves_ant.png": (
         [
