@@ -356,9 +356,9 @@ def check_args(args: Args):
     if args.reward is not None and args.reward not in spec.rewards:
         fail(f"--reward {args.reward}: {args.env} has {', '.join(spec.rewards)}")
     positive = """
-    total_steps eval_every eval_episodes manager_period hidden batch_size worker_buffer
-    worker_actor_every manager_buffer gradient_penalty_every rollout_planning_every
-    adjacency_epochs adjacency_batch_size planner_keeps_graph coverage_pool
+    total_steps eval_every eval_episodes manager_period hidden batch_size worker_buffer manager_buffer
+    worker_critic_updates worker_critic_updates_with_penalty worker_actor_every gradient_penalty_every
+    rollout_planning_every adjacency_epochs adjacency_batch_size planner_keeps_graph coverage_pool
     dynamics_members dynamics_first_updates dynamics_updates dynamics_batch_size
     gradient_penalty_copies rollout_planning_goals rollout_planning_subgoals
     """
@@ -366,11 +366,12 @@ def check_args(args: Args):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1")
     not_negative = """
-    seed threads save_every actor_lr critic_lr planner_rows novelty_landmarks adjacency_weight landmark_weight
+    seed threads save_every actor_lr critic_lr critic_weight_decay adjacency_lr novelty_lr dynamics_lr
+    planner_rows novelty_landmarks adjacency_weight landmark_weight landmark_weight_before_planner
     relabel_shift gradient_penalty_weight rollout_planning_weight
     """
     for name in not_negative.split():
-        if getattr(args, name) < 0:
+        if not getattr(args, name) >= 0:  # also NaN
             fail(f"--{name.replace('_', '-')} must not be negative")
     if args.seed >= 2**32:
         fail("--seed must be below 2**32")
@@ -385,9 +386,9 @@ def check_args(args: Args):
         fail("--worker-gamma must be below 1, and not negative: a death counts reward / (1 - gamma)")
     if args.learning_starts < args.manager_period:
         fail("--learning-starts must be at least --manager-period: the manager learns from whole segments")
-    after_xy = {"xy": ""} | ({"xy_block": "block"} if spec.observe_block else {"xyz": "z"})
-    if args.subgoal_space not in after_xy or (args.subgoal_space != "xy" and spec.kind == "point"):
-        fail(f"--subgoal-space {args.subgoal_space}: obs of {args.env} goes on otherwise after x and y")
+    spaces = ["xy"] if spec.kind == "point" else ["xy", "xy_block" if spec.observe_block else "xyz"]
+    if args.subgoal_space not in spaces:
+        fail(f"--subgoal-space {args.subgoal_space}: by its obs {args.env} has {' and '.join(spaces)}")
     dims = len(SUBGOAL_SPACES[args.subgoal_space])
     if args.subgoal_limit and (len(args.subgoal_limit) != dims or not all(x > 0 for x in args.subgoal_limit)):
         fail(
@@ -779,7 +780,7 @@ class DynamicsEnsemble(nn.Module):
 
     @torch.no_grad()
     def relative_error(self, obs, action, delta) -> float:
-        """Squared error over the variance of the target, mean over dims. 1: the model knows nothing."""
+        """Squared error over variance (here or in training), mean over dims. 1: the model knows nothing."""
         prediction = self(obs, action)[0].mean(0) * self.delta_std + self.delta_mean
         std = torch.maximum(delta.std(0) + 1e-7, self.delta_std)  # some entries move in some rows only
         return float(((prediction - delta) / std).square().mean())
@@ -818,7 +819,7 @@ def train_dynamics(
     batch = buffer.unpack(buffer.rows[rows])
     data = (batch.obs, batch.action, batch.next_obs - batch.obs)
     dynamics.widen_box(torch.cat([batch.obs, batch.next_obs]))
-    hold = rows % 5 == 4  # the same ones at each training (steps 4 and 9 of a period): networks remember
+    hold = rows % 5 == 4  # the same ones at each training, as networks remember; mostly steps 5 and 10
     held_out, data = [x[hold] for x in data], [x[~hold] for x in data]
     metrics = {"dynamics/error_before": dynamics.relative_error(*held_out)} if dynamics.trained_at else {}
     dynamics.fit_statistics(*data)
@@ -1216,8 +1217,8 @@ def landmark_loss(adjacency: Adjacency, achieved, subgoal, target_landmark, args
 def gradient_penalty(worker: TD3, dynamics: DynamicsEnsemble, obs, subgoal, args: Args) -> tuple:
     """Hinge on the critics' gradient by the action (GCMR). Returns it and numbers for the log.
 
-    The paper's bound on how fast Q changes with the action: k = sqrt(A) L_r / (1 - gamma), where L_r is how
-    fast the next reward does by the model, at most in the batch. obs [B, obs_dim], subgoal [B, D]. As
+    The paper's bound on how fast Q changes with the action: k = sqrt(A) L_r / (1 - gamma), with L_r the
+    steepest slope of the model's reward in the batch. obs [B, obs_dim], subgoal [B, D]. As
     released, of the unscaled reward: with --worker-reward-scale 1.5 (AntPush-Small) k is too low.
     """
     if args.gradient_penalty_form == "paper":
@@ -1325,8 +1326,8 @@ class UpdateCounts:
 def redraw_subgoals(worker: TD3, batch, args: Args):
     """A share of the worker's rows as if they had been done for another subgoal, uniform in its range.
 
-    What happened does not depend on the subgoal and the reward of any other is known, so that a worker which
-    is asked for little learns all directions (Kaelbling 1993; akin to HER, Andrychowicz et al. 2017).
+    HIRO section 5.2, lower-level re-labelling. What happened does not depend on the subgoal and the reward of
+    any other is known, so a worker that is asked for little learns all directions (Kaelbling 1993).
     """
     if args.redrawn_subgoals == 0:
         return batch
@@ -1334,8 +1335,9 @@ def redraw_subgoals(worker: TD3, batch, args: Args):
     achieved, next_achieved = batch.obs[:, :dims], batch.next_obs[:, :dims]
     subgoal = (2 * torch.rand_like(batch.subgoal) - 1) * worker.half_range
     next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
+    # batch.reward is minus `own` times a factor that stays: a scale, at a death also 1 / (1 - gamma)
     own = safe_norm(subgoal_transition(achieved, batch.subgoal, next_achieved))
-    reward = batch.reward * safe_norm(next_subgoal) / own  # keeps a death's 1 / (1 - gamma)
+    reward = batch.reward * safe_norm(next_subgoal) / own
     chosen = torch.rand_like(batch.reward) < args.redrawn_subgoals
     batch.reward = torch.where(chosen, reward, batch.reward)
     batch.subgoal = torch.where(chosen[:, None], subgoal, batch.subgoal)
@@ -1419,7 +1421,7 @@ def update_manager(
             graph.refresh(worker, novelty, worker_buffer, subgoal.shape[-1], args)
             target_landmark = plan_landmarks(worker, graph, obs[:rows], batch.goal[:rows], args)
             weight = args.landmark_weight
-        else:  # as released, the landmark is where one is: pulls the subgoal to 0 (in "adjacency": within it)
+        else:  # as released, the landmark is where one is: pulls the subgoal to 0 (in "adjacency": near)
             target_landmark = here
             weight = args.landmark_weight * args.landmark_weight_before_planner
         to_landmark = landmark_loss(adjacency, here, subgoal[:rows], target_landmark, args)
@@ -1832,9 +1834,9 @@ def make_run_dir(args: Args) -> Path:
     """The run's folder, with config.json in it."""
     default = f"runs/{args.env}__{SCRIPT}__{args.variant}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.run_dir or (Path(args.resume).parent if args.resume else default))
-    own = args.resume and run_dir.resolve() == Path(args.resume).resolve().parent
-    if not own and (run_dir / "progress.csv").exists():
-        fail(f"{run_dir} holds a run already; choose another --run-dir, or go on with --resume")
+    own = args.resume and run_dir.resolve() == Path(args.resume).parent.resolve()
+    if not own and any((run_dir / name).exists() for name in ("progress.csv", "checkpoint.pt")):
+        fail(f"{run_dir} holds a run already; choose another --run-dir, or --resume the checkpoint.pt in it")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         config, path = describe_run(args), run_dir / "config.json"
@@ -1914,7 +1916,8 @@ def main(args: Args):
 
     def ask_to_stop(number, frame):
         stop.append(number)
-        os.write(2, b"\nstopping after this step, with a checkpoint\n")
+        with contextlib.suppress(OSError):  # Ctrl-C may have ended a reader of stderr, too
+            os.write(2, b"\nstopping after this step, with a checkpoint\n")
 
     handlers = {number: signal.signal(number, ask_to_stop) for number in STOP_SIGNALS}
     writer = SummaryWriter(str(run_dir), purge_step=first_step)

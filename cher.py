@@ -298,8 +298,8 @@ def check_args(args: Args):
     for name in positive.split():
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("seed", "threads", "save_every", "actor_lr", "critic_lr"):
-        if getattr(args, name) < 0:
+    for name in ("seed", "threads", "save_every", "actor_lr", "critic_lr", "critic_weight_decay"):
+        if not getattr(args, name) >= 0:  # also NaN
             fail(f"--{name.replace('_', '-')} must not be negative")
     if args.seed >= 2**32:
         fail("--seed must be below 2**32")
@@ -716,8 +716,8 @@ def relabel_subgoals(worker: TD3, batch, half_range, args: Args):
     if args.relabeling == "fun":  # HIRO's ablation after FeUdal networks: one draw, not scored, not clipped
         return displacement + torch.randn_like(displacement) * (args.fun_noise * half_range)
     candidates = make_candidates(batch.subgoal, displacement, half_range, args)
-    best = score_candidates(worker, candidates, batch).argmax(1)  # the first wins ties
-    return candidates[torch.arange(len(best), device=best.device), best]
+    index = score_candidates(worker, candidates, batch).argmax(1)  # the first wins ties
+    return candidates[torch.arange(len(index), device=index.device), index]
 
 
 def hindsight_sequences(sequences: dict, dims: int) -> dict:
@@ -799,8 +799,9 @@ def redraw_subgoals(worker: TD3, batch, args: Args):
     achieved, next_achieved = batch.obs[:, :dims], batch.next_obs[:, :dims]
     subgoal = (2 * torch.rand_like(batch.subgoal) - 1) * worker.half_range
     next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
-    own = safe_norm(subgoal_transition(achieved, batch.subgoal, next_achieved))  # batch.reward is -own, ...
-    reward = batch.reward * safe_norm(next_subgoal) / own  # ... at a death times 1 / (1 - gamma), which stays
+    # batch.reward is minus `own` times a factor that stays: a scale, at a death also 1 / (1 - gamma)
+    own = safe_norm(subgoal_transition(achieved, batch.subgoal, next_achieved))
+    reward = batch.reward * safe_norm(next_subgoal) / own
     chosen = torch.rand_like(batch.reward) < args.redrawn_subgoals
     batch.reward = torch.where(chosen, reward, batch.reward)
     batch.subgoal = torch.where(chosen[:, None], subgoal, batch.subgoal)
@@ -1341,9 +1342,9 @@ def make_run_dir(args: Args) -> Path:
     """The run's folder, with config.json in it."""
     default = f"runs/{args.env}__{SCRIPT}__{args.variant}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.run_dir or (Path(args.resume).parent if args.resume else default))
-    own = args.resume and run_dir.resolve() == Path(args.resume).resolve().parent
-    if not own and (run_dir / "progress.csv").exists():
-        fail(f"{run_dir} holds a run already; choose another --run-dir, or go on with --resume")
+    own = args.resume and run_dir.resolve() == Path(args.resume).parent.resolve()
+    if not own and any((run_dir / name).exists() for name in ("progress.csv", "checkpoint.pt")):
+        fail(f"{run_dir} holds a run already; choose another --run-dir, or --resume the checkpoint.pt in it")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         config, path = describe_run(args), run_dir / "config.json"
@@ -1417,7 +1418,8 @@ def main(args: Args):
 
     def ask_to_stop(number, frame):
         stop.append(number)
-        os.write(2, b"\nstopping after this step, with a checkpoint\n")
+        with contextlib.suppress(OSError):  # Ctrl-C may have ended a reader of stderr, too
+            os.write(2, b"\nstopping after this step, with a checkpoint\n")
 
     handlers = {number: signal.signal(number, ask_to_stop) for number in STOP_SIGNALS}
     writer = SummaryWriter(str(run_dir), purge_step=first_step)

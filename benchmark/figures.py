@@ -33,6 +33,7 @@ CURVES = {
             "aclg_gcmr/AntMaze-U/default",
             "aclg_gcmr/AntMaze-U/fast",
             "aclg_gcmr/AntMaze-U/walker",
+            "aclg_gcmr/AntMaze-U/early",
         ],
         "eval/success",
     ),

@@ -245,7 +245,7 @@ def main(args: Args, extra: list[str]):
             todo.append(run)
             continue
         command = run.config().get("command", "unknown")
-        how = "" if command.endswith(" ".join(run.settings)) else f" BY ANOTHER COMMAND: {command}"
+        how = "" if command.endswith(shlex.join(run.settings)) else f" BY ANOTHER COMMAND: {command}"
         print(f"{run.name}: skipped, finished{how}", flush=True)
     if not todo:
         return

@@ -442,14 +442,18 @@ def test_learned_weight_is_logged(toy_run, tmp_path):
     assert float(row["worker/period_return"]) < 0
 
 
-def test_weight_out_of_bounds_stops_the_run():
+def test_weight_out_of_bounds_stops_the_run(toy_run):
     """With a delta out of reach lambda would grow until Adam's second moments overflow, without a word."""
     losses, args = {"manager/coop_weight": torch.tensor(1.1e6)}, cher.Args(coop_delta=-1.0)
     cher.check_weight({"manager/coop_weight": torch.tensor(9e5)}, 1000, args)
     cher.check_weight({}, 1000, args)
     cher.check_weight(losses, 1000, cher.Args())
-    with pytest.raises(SystemExit, match=r"lambda is above 1e6 at step 1000: .*--coop-delta -1\.0"):
-        cher.check_weight(losses, 1000, args)
+    for check in (
+        lambda: cher.check_weight(losses, 1000, args),
+        lambda: toy_run(cher, 1001, ToyEnv(), learning_starts=980, coop_delta=-1.0, coop_log_weight=14.0),
+    ):
+        with pytest.raises(SystemExit, match=r"lambda is above 1e6 at step 1000: .*--coop-delta -1\.0"):
+            check()
 
 
 def test_cooperation_ratio_needs_a_reference():
@@ -615,11 +619,11 @@ def watch(monkeypatch):
     """Which level was asked by explore(), whether for a random action, and the answer."""
     calls, explore = [], cher.explore
 
-    def noted(agent, obs, goal, random_share):
-        action = explore(agent, obs, goal, random_share)
+    def noted(agent, obs, goal, uniform_share):
+        action = explore(agent, obs, goal, uniform_share)
         if not isinstance(agent, cher.FlatWorker):
             calls.append(
-                (float(agent.limit[0]), random_share, np.array(obs), np.array(goal), np.array(action))
+                (float(agent.limit[0]), uniform_share, np.array(obs), np.array(goal), np.array(action))
             )
         return action
 
@@ -1076,8 +1080,8 @@ def test_frozen_worker(tmp_path, monkeypatch):
     made, make = [], cher.make_agents
     monkeypatch.setattr(cher, "make_agents", lambda *inputs: made.append(make(*inputs)) or made[-1])
 
-    def noted(agent, obs, goal, random_share):
-        action = explore(agent, obs, goal, random_share)
+    def noted(agent, obs, goal, uniform_share):
+        action = explore(agent, obs, goal, uniform_share)
         if agent is made[-1][1]:
             asked.append(np.array_equal(action, agent.act(obs, goal, explore=False)))
         return action

@@ -330,6 +330,12 @@ def test_settings_that_all_environments_share():
         "--dynamics-rows 4",
         "--novelty-landmarks -1",
         "--landmark-weight -1",
+        "--dynamics-lr -1",
+        "--adjacency-lr nan",
+        "--worker-critic-updates 0",
+        "--subgoal-space xyz --landmark-weight 0 --env PointMaze-U",
+        "--subgoal-space xyz --landmark-weight 0 --env AntPush-Small",
+        "--subgoal-space xy_block --landmark-weight 0",
         "--relabel-shift -2",
     ],
 )

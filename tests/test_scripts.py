@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -218,10 +219,8 @@ BAD_FLAGS = [
     ("--tau 7", "--tau"),
     ("--manager-gamma 1.5", "--manager-gamma"),
     ("--random-subgoals 1.5", "--random-subgoals"),
-    ("--redrawn-subgoals -0.5", "--redrawn-subgoals"),
     ("--actor-lr -1e-4", "--actor-lr"),
     ("--subgoal-space xy --subgoal-limit 2 nan", "--subgoal-limit"),
-    ("--subgoal-space xy --subgoal-limit 2 0", "--subgoal-limit"),
     ("--env PointMaze-U --subgoal-space xyz", "--subgoal-space xyz"),  # the third entry is the heading
     ("--env AntPush-Small --subgoal-space xyz", "--subgoal-space xyz"),  # the third is the block's x
 ]
@@ -265,20 +264,44 @@ def test_a_folder_holds_one_run(trained, module):
     assert before == {path.name: path.read_bytes() for path in trained.folder.glob("*.*")}
 
 
-def test_a_run_resumed_elsewhere_takes_no_other_runs_folder(trained, module, tmp_path):
+def test_a_run_resumed_elsewhere_takes_no_other_runs_folder(module, tmp_path):
     """config.json, model.pt and checkpoint.pt of the run that is there would be replaced, its rows mixed."""
-    (tmp_path / "other").mkdir()
-    for name in ("config.json", "progress.csv"):
-        (tmp_path / "other" / name).write_text("{}")
-    args = dataclasses.replace(module.Args(), resume=str(trained.folder / "checkpoint.pt"))
-    with pytest.raises(SystemExit, match="holds a run already"):
-        module.make_run_dir(dataclasses.replace(args, run_dir=str(tmp_path / "other")))
-    assert (tmp_path / "other" / "config.json").read_text() == "{}"
-    new = module.make_run_dir(dataclasses.replace(args, run_dir=str(tmp_path / "new")))
-    assert (new / "config.json").exists()
+    own, other, new = (tmp_path / name for name in ("own", "other", "new"))
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    args = dataclasses.replace(module.Args(), resume=str(own / "checkpoint.pt"))
+    for sign in ("progress.csv", "checkpoint.pt"):  # before the first evaluation there is no progress.csv
+        (other / sign).write_text("")
+        for resume in (args.resume, None):
+            with pytest.raises(SystemExit, match="holds a run already"):
+                module.make_run_dir(dataclasses.replace(args, resume=resume, run_dir=str(other)))
+        (other / sign).unlink()
+    assert (other / "config.json").read_text() == "{}"
+    assert module.make_run_dir(dataclasses.replace(args, run_dir=str(new))) == new
+    for sign in ("progress.csv", "disk.pt"):
+        (new / sign).write_text("")
+    (new / "checkpoint.pt").symlink_to(new / "disk.pt")
     same = dataclasses.replace(args, run_dir=str(new), resume=str(new / "checkpoint.pt"))
-    (new / "progress.csv").write_text("step\n")
     assert module.make_run_dir(same) == new  # by its own checkpoint a run goes on
+
+
+def test_ctrl_c_without_a_reader_of_stderr_saves(module, toy_run, monkeypatch, tmp_path):
+    """python .. 2>&1 | tee log: Ctrl-C ends tee, too, and the notice meets a broken pipe."""
+
+    class Interrupted(ToyEnv):
+        def step(self, action):
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "write", lambda *what: (_ for _ in ()).throw(BrokenPipeError))
+                if len(self.log) == 30:
+                    os.kill(os.getpid(), signal.SIGINT)
+            return super().step(action)
+
+        def get_state(self):
+            return {}
+
+    toy_run(module, 60, Interrupted(), learning_starts=40)
+    loop = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["loop"]
+    assert loop["step"] == 31
 
 
 @pytest.mark.parametrize("limit", [(0.0, 1.0), (-1.0, 1.0), (math.nan, 1.0), (1.0,)])
