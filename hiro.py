@@ -1081,7 +1081,7 @@ def make_agents(env, args: Args, device) -> tuple[TD3, TD3]:
         fail(f"--subgoal-space {args.subgoal_space} needs obs of {len(half_range)}, {args.env} has {obs_dim}")
     if not (env.action_space.low == -env.action_space.high).all():
         fail(f"{args.env}: actions must lie within +-limit, as the actor's do; rescale them in step()")
-    if len(limit) != env.action_space.shape[0] or not (limit > 0).all():
+    if len(limit) != env.action_space.shape[0] or not all(x > 0 for x in args.action_limit):
         fail(f"--action-limit needs {env.action_space.shape[0]} positive numbers for {args.env}")
     noise = (args.manager_noise, args.manager_target_noise, args.manager_target_noise_clip)
     scale = torch.ones(obs_dim + goal_dim + len(half_range), device=device)
