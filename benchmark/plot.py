@@ -154,7 +154,7 @@ def draw(runs: dict, args: Args):
     figure.suptitle(f"{args.statistic} over seeds, 95 % bootstrap interval", fontsize="small")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(args.out, format="png", dpi=150, metadata={"Software": None})
+        figure.savefig(args.out, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
     except OSError as error:
         fail(f"cannot write {args.out}: {error}")
     plt.close(figure)
