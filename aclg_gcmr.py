@@ -23,8 +23,8 @@ This is hiro.py with subgoals in x and y and, in the order in which they were pr
 
 A weight of 0 switches a term off; README has the command lines of HIRO, HRAC, HIGL and ACLG.
 
-Off by default, for a worker that learns faster: --redrawn-subgoals (tried in HIRO's paper) and --rest-value
-(in none).
+Off by default, for a worker that learns faster: --redrawn-subgoals (an ablation in HIRO's paper) and
+--rest-value (in no paper that we know).
 """
 
 import contextlib
@@ -819,7 +819,7 @@ def train_dynamics(
     batch = buffer.unpack(buffer.rows[rows])
     data = (batch.obs, batch.action, batch.next_obs - batch.obs)
     dynamics.widen_box(torch.cat([batch.obs, batch.next_obs]))
-    hold = rows % 5 == 4  # the same ones at each training, as networks remember; mostly steps 5 and 10
+    hold = rows % 5 == 4  # the same ones at each training, as the networks remember what they learned
     held_out, data = [x[hold] for x in data], [x[~hold] for x in data]
     metrics = {"dynamics/error_before": dynamics.relative_error(*held_out)} if dynamics.trained_at else {}
     dynamics.fit_statistics(*data)
@@ -1421,7 +1421,7 @@ def update_manager(
             graph.refresh(worker, novelty, worker_buffer, subgoal.shape[-1], args)
             target_landmark = plan_landmarks(worker, graph, obs[:rows], batch.goal[:rows], args)
             weight = args.landmark_weight
-        else:  # as released, the landmark is where one is: pulls the subgoal to 0 (in "adjacency": near)
+        else:  # as released, the landmark is where one is: pulls the subgoal to 0
             target_landmark = here
             weight = args.landmark_weight * args.landmark_weight_before_planner
         to_landmark = landmark_loss(adjacency, here, subgoal[:rows], target_landmark, args)

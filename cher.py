@@ -24,8 +24,8 @@ it prefers subgoals that the worker can follow. Both levels learn from the same 
     python cher.py --flat                                     # TD3 without a hierarchy
     python cher.py --worker-checkpoint PATH --freeze-worker   # a new manager for an old worker
 
-Off by default, for a worker that learns faster: --redrawn-subgoals (tried in HIRO's paper) and --rest-value
-(in none).
+Off by default, for a worker that learns faster: --redrawn-subgoals (an ablation in HIRO's paper) and
+--rest-value (in no paper that we know).
 """
 
 import contextlib
@@ -130,7 +130,7 @@ class Args:
     # --- Cooperation (CHER section 4) ---
     coop_weight: float = 0.005  # lambda, the weight of cooperative_loss without --coop-delta; 0: naive HRL
     coop_form: Literal["released", "theorem"] = "released"  # of cooperative_loss: released code or Theorem 1
-    coop_delta: float | None = None  # delta < 0: learns lambda so that coop_value comes near it; HRL tells
+    coop_delta: float | None = None  # below 0: learn lambda for this coop_value; HRL prints one
     coop_log_weight: float = -4.2  # log of a learned lambda at the start; its Adam has the actors' rate
     coop_starts: int = 1_000  # manager updates before lambda moves
     coop_reference: float | None = None  # J_HRL, the worker's value under HRL, to log the cooperation ratio

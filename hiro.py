@@ -20,8 +20,8 @@ achieved = obs[:dims], the first entries of obs, shall change. The worker sees t
         relabel_subgoals: the worker has changed since a segment was recorded, so its subgoal is replaced by
         the candidate that best explains the recorded actions to the present worker (off-policy correction)
 
-Off by default, for a worker that learns faster: --redrawn-subgoals (tried in HIRO's paper) and --rest-value
-(in none).
+Off by default, for a worker that learns faster: --redrawn-subgoals (an ablation in HIRO's paper) and
+--rest-value (in no paper that we know).
 """
 
 import contextlib
