@@ -1609,6 +1609,7 @@ def describe_run(args: Args) -> dict:
         "commit": commit or "unknown",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "vector_units": torch.backends.cpu.get_cpu_capability(),  # "AVX2", "AVX512": tells much of the speed
         "args": dataclasses.asdict(args),
     }

@@ -3,11 +3,12 @@
     python cher.py --env AntMaze-ULarge            # train
     python cher.py --env AntMaze-ULarge --help     # every setting, with the values for this environment
 
-This is hiro.py without its correction and with one more term: the manager also climbs the worker's value, so
+In place of HIRO's correction the manager's loss has one more term: it also climbs the worker's value, so that
 it prefers subgoals that the worker can follow. Both levels learn from the same segments:
 
     every step:
-        act, as in hiro.py, but the first --learning-starts steps uniformly at random at both levels
+        action = worker(obs, subgoal) + noise, at first (--learning-starts) uniformly random, as are subgoals
+        worker_reward = -|achieved + subgoal - next_achieved|, of a subgoal that moves on as in HIRO
         batch = sample_segments: segments for the manager, one random step of each for the worker
         every manager_period steps, update_manager:
             subgoal = manager.actor(obs, goal)
@@ -19,7 +20,7 @@ it prefers subgoals that the worker can follow. Both levels learn from the same 
 
     python cher.py --coop-weight 0                            # HRL; in the end it says which delta to use
     python cher.py --coop-delta D                             # CHER with a learned weight, D as HRL said
-    python cher.py --coop-weight 0 --relabeling off_policy    # HIRO
+    python cher.py --coop-weight 0 --relabeling off_policy    # HIRO, otherwise as CHER
     python cher.py --coop-weight 0 --hindsight                # HAC with egocentric subgoals
     python cher.py --flat                                     # TD3 without a hierarchy
     python cher.py --worker-checkpoint PATH --freeze-worker   # a new manager for an old worker
@@ -332,10 +333,10 @@ def check_args(args: Args):
         fail(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
     if args.candidates < 3 and args.relabeling == "off_policy":
         fail("--candidates must be at least 3: the stored subgoal, the displacement and one draw")
-    if args.coop_weight < 0:
+    if not args.coop_weight >= 0:  # also NaN
         fail("--coop-weight must not be below 0: the manager would look for what the worker cannot do")
     for name in ("coop_delta", "coop_reference"):
-        if getattr(args, name) is not None and getattr(args, name) >= 0:
+        if getattr(args, name) is not None and not getattr(args, name) < 0:
             fail(f"--{name.replace('_', '-')} must be below 0, as the worker's rewards are")
     if args.worker_buffer < args.manager_period:
         fail("--worker-buffer must hold at least one segment of --manager-period steps")
@@ -1057,6 +1058,7 @@ def describe_run(args: Args) -> dict:
         "commit": commit or "unknown",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "vector_units": torch.backends.cpu.get_cpu_capability(),  # "AVX2", "AVX512": tells much of the speed
         "args": dataclasses.asdict(args),
     }
@@ -1410,7 +1412,7 @@ def main(args: Args):
         if first_step > args.total_steps:
             fail(f"{args.resume} is at step {first_step - 1} already; raise --total-steps")
     run_dir = make_run_dir(args)  # after all refusals: its config.json still tells who wrote the checkpoint
-    # the updates are recorded on the batch that sample's recording fills, so each needs its own call of it
+    # recorded updates read the batch at the place where sample's recording writes it: no other batch will do
     sample, learn_worker, learn_manager = (
         cuda_graph(f, args, device) for f in (sample_segments, update_worker, update_manager)
     )

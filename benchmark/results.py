@@ -3,10 +3,12 @@
     python benchmark/results.py
 
 A run that stopped before its --total-steps is unfinished: it has a line of its own and is not averaged over.
+--total-steps may have been less than the preset's length.
 """
 
 import csv
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,14 @@ Success: noise-free, at the last step of the episode, mean of a seed's last five
 over seeds (smallest to largest). Solved at: the first step at which the mean of five evaluations in a row
 is at least 0.9. Return: of the environment's rewards per evaluation episode, mean of the last five (AntGather
 has no goal and so no success). Progress: of the worker in training, metres along the subgoal per period, mean
-of the last five rows. Hours: wall-clock of one run, often beside others; some count pauses.
+of the last five rows. Hours: wall-clock of one run, often beside others; some count pauses. Unfinished:
+stopped before its own --total-steps, which may be less than the length that the script has for the environment.
+"""
+ORIGIN = """
+## Commits, machines and commands
+
+Commands are those of a run's first start, without paths; commit, machine and the settings in its config.json
+are those of the last start. Presets have changed since: the settings hold, not the command alone.
 """
 COLUMNS = (
     "script",
@@ -45,6 +54,17 @@ class Args:
     out: Path | None = None  # the table; None: RESULTS.md beside the folder
 
 
+def first_command(config: dict) -> str:
+    """What started the run, without the paths of its machine."""
+    words, kept = iter(shlex.split(config.get("earlier_commands", [config["command"]])[0])), []
+    for word in words:
+        if word in ("--run-dir", "--resume"):
+            next(words)
+        else:
+            kept.append(word)
+    return shlex.join(kept)
+
+
 def read_run(file: Path) -> dict:
     """One run's numbers."""
     config = json.loads((file.parent / "config.json").read_text())
@@ -54,7 +74,10 @@ def read_run(file: Path) -> dict:
         name: np.array([float(row.get(name) or "nan") for row in rows])
         for name in ("step", "time", "eval/success", "eval/success_any", "eval/return", "worker/progress")
     }
-    settings = config["args"]
+    settings, versions = config["args"], config.get("versions", {})
+    machine = [config["machine"], config.get("vector_units"), config.get("gpu")]
+    machine += [f"{name} {versions[name]}" for name in ("torch", "mujoco") if name in versions]
+    machine = ", ".join(filter(None, machine))
     in_grid = file.parent.name == f"seed{settings['seed']}"  # benchmark/run.py's <variant>/seed<k>
     variant = file.parent.parent.name if in_grid else settings["variant"]
     means = np.convolve(values["eval/success"], np.ones(LAST) / LAST, "valid")
@@ -70,8 +93,7 @@ def read_run(file: Path) -> dict:
         "return": values["eval/return"][-LAST:].mean(),
         "progress": values["worker/progress"][-LAST:].mean(),
         "hours": values["time"][-1] / 3600,
-        "commit": config["commit"],
-        "machine": config["machine"],
+        "origin": f"commit {config['commit']}, {machine}: `{first_command(config)}`",
     }
 
 
@@ -91,7 +113,7 @@ def table_row(key: tuple, runs: list[dict]) -> str:
         spread([run["success"] for run in runs]),
         spread([run["any"] for run in runs]),
         " / ".join(solved),
-        spread([run["return"] for run in runs], 1),
+        spread([run["return"] for run in runs]),
         spread([run["progress"] for run in runs]),
         spread([run["hours"] for run in runs], 1),
     )
@@ -109,12 +131,10 @@ def main(args: Args):
     header = HEADER.replace("FOLDER", "benchmark/results" if published else str(args.folder))
     lines = [table_row(key, group) for (key, _), group in groups.items()]
     rule = "|" + "---|" * len(COLUMNS)
-    text = "\n".join(
-        [header, "| " + " | ".join(COLUMNS) + " |", rule, *lines, "", "## Commits and machines", ""]
-    )
+    text = "\n".join([header, "| " + " | ".join(COLUMNS) + " |", rule, *lines, ORIGIN])
     for (key, _), group in groups.items():
         for run in group:
-            text += f"\n- {'/'.join(key)}/seed{run['seed']}: commit {run['commit']}, {run['machine']}"
+            text += f"\n- {'/'.join(key)}/seed{run['seed']}: {run['origin']}"
     out = args.out or args.folder.resolve().parent / "RESULTS.md"
     out.write_text(text + "\n")
     print(f"wrote {out}: {len(runs)} runs")

@@ -279,7 +279,7 @@ def test_logged_actor_loss_is_q1_alone():
 
 
 def test_worker_update_is_hiro_s():
-    """Bit for bit what hiro.py's makes of the same rows; which rows those are is tested above."""
+    """Bit for bit what hiro.py's makes of the same rows; which rows those are is tested below."""
     trained = {}
     for module in (cher, hiro):
         torch.manual_seed(0)
@@ -1156,6 +1156,8 @@ def equal(a, b):
     [
         ("--freeze-worker", "--worker-checkpoint"),
         ("--coop-weight -0.1", "--coop-weight"),
+        ("--coop-weight nan", "--coop-weight"),
+        ("--coop-delta nan", "--coop-delta"),
         ("--coop-delta 5", "--coop-delta"),
         ("--coop-weight 0 --coop-delta -5", "choose one"),
         ("--flat --hindsight", "--flat"),

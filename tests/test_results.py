@@ -22,7 +22,7 @@ def publish(tmp_path):
     def publish(script, env, variant, seed, successes, total):
         folder = tmp_path / "results" / script / env / variant / f"seed{seed}"
         folder.mkdir(parents=True)
-        config = {"script": script, "commit": "abc", "machine": "two cores"}
+        config = {"script": script, "commit": "abc", "machine": "two cores", "command": "python hiro.py"}
         config["args"] = {"env": env, "seed": seed, "total_steps": total, "variant": variant}
         (folder / "config.json").write_text(json.dumps(config))
         with open(folder / "progress.csv", "w", newline="") as file:
@@ -47,7 +47,15 @@ def test_mean_of_the_last_five_and_of_the_seeds(publish, tmp_path):
     (row,) = table_of(tmp_path)
     assert row[:5] == ["hiro", "A", "x", "1, 2", "70"]
     assert row[5] == "0.70 (0.50 to 0.90)"  # 4.5 / 5 and 2.5 / 5
-    assert row[7:] == ["70 / no", "-5.0 (-5.0 to -5.0)", "0.50 (0.50 to 0.50)", "0.7 (0.7 to 0.7)"]
+    assert row[7:] == ["70 / no", "-5.00 (-5.00 to -5.00)", "0.50 (0.50 to 0.50)", "0.7 (0.7 to 0.7)"]
+
+
+def test_the_command_that_started_a_run():
+    """Not that of its last start, and without the paths of its machine."""
+    command = "python hiro.py --run-dir '/tmp/a b' --seed 2 --eval-goals 0 8"
+    config = {"command": "python hiro.py --resume x.pt", "earlier_commands": [command, "python hiro.py"]}
+    assert results.first_command(config) == "python hiro.py --seed 2 --eval-goals 0 8"
+    assert results.first_command({"command": config["command"]}) == "python hiro.py"
 
 
 def test_unfinished_runs_stand_alone(publish, tmp_path):
