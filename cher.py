@@ -724,8 +724,7 @@ def relabel_subgoals(worker: TD3, batch, half_range, args: Args):
 def hindsight_sequences(sequences: dict, dims: int) -> dict:
     """HAC: the segment as if its end had been its subgoal, so reached with the last step. numpy
 
-    The first of these subgoals is the manager's action, not clipped to its limit. A death then reached its
-    subgoal, so it is terminal with a reward near 0, where the original record has r / (1 - gamma).
+    The first of these subgoals is the manager's action, not clipped to its limit.
     """
     achieved_seq = sequences["obs_seq"][:, :dims]  # [c + 1, D]
     subgoal_seq = achieved_seq[-1] - achieved_seq
@@ -1468,9 +1467,12 @@ def main(args: Args):
         if segment.length == period or episode_over:
             outcome = dict(goal=goal, reward=args.manager_reward_scale * segment.reward)
             outcome |= dict(terminated=terminated, dead=info["dead"])
-            if args.hindsight:
+            # easy to overlook: no hindsight for a death. As a subgoal that was reached it would be worth 0,
+            # more than living on
+            in_hindsight = args.hindsight and not info["dead"]
+            if in_hindsight:
                 buffer.add(**hindsight_sequences(segment.sequences(), dims), **outcome)
-            if not args.hindsight or torch.rand(()) < args.subgoal_testing_rate:
+            if not in_hindsight or torch.rand(()) < args.subgoal_testing_rate:
                 buffer.add(**segment.sequences(), **outcome)
             xy_rows = (segment.obs_seq[0, :2], loop.first_subgoal[:2], next_obs[:2])
             loop.periods.append(np.concatenate(xy_rows).tolist())

@@ -25,7 +25,7 @@ over seeds (smallest to largest). Solved at: the first step at which the mean of
 is at least 0.9. Return: of the environment's rewards per evaluation episode, mean of the last five (AntGather
 has no goal and so no success). Progress: of the worker in training, metres along the subgoal per period, mean
 of the last five rows. Hours: wall-clock of one run, often beside others; some count pauses. Unfinished:
-stopped before its own --total-steps, which may be less than the length that the script has for the environment.
+stopped before its own --total-steps, which may be less than the script's length for the environment.
 """
 ORIGIN = """
 ## Commits, machines and commands

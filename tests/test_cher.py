@@ -858,10 +858,13 @@ def test_hac_stores_hindsight_and_sometimes_the_original(toy_run):
 
 
 def test_hac_stores_a_death(toy_run):
-    """In the record of hindsight, which comes first, and in the original."""
-    flags = dict(hindsight=True, subgoal_testing_rate=1.0, learning_starts=100)
+    """Always as it was, and never in hindsight, where dying would be the best way to reach a subgoal."""
+    flags = dict(hindsight=True, subgoal_testing_rate=0.0, learning_starts=100)
     records = toy_run(cher, 17, ToyEnv(death=17), **flags).manager
-    assert [(int(record.length), int(record.dead)) for record in records] == [(10, 0)] * 2 + [(7, 1)] * 2
+    assert [(int(record.length), int(record.dead)) for record in records] == [(10, 0), (7, 1)]
+    left = [math.hypot(*record.subgoal_seq[int(record.length)]) for record in records]
+    assert left[0] == pytest.approx(0, abs=1e-6) and left[1] > 0.1
+    assert records[1].worker_reward_seq[6] == pytest.approx(-left[1] / (1 - 0.99), rel=1e-4)
 
 
 def test_no_hindsight_by_default(toy_run):
