@@ -1603,13 +1603,15 @@ def describe_run(args: Args) -> dict:
     has_git = shutil.which("git") is not None
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() if has_git else ""
     packages = ("torch", "gymnasium", "mujoco", "numpy", "tyro")
+    device = "cuda" if args.device == "auto" else args.device
+    on_gpu = device.startswith("cuda") and torch.cuda.is_available()
     return {
         "script": SCRIPT,
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit or "unknown",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         "vector_units": torch.backends.cpu.get_cpu_capability(),  # "AVX2", "AVX512": tells much of the speed
         "args": dataclasses.asdict(args),
     }

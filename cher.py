@@ -3,20 +3,26 @@
     python cher.py --env AntMaze-ULarge            # train
     python cher.py --env AntMaze-ULarge --help     # every setting, with the values for this environment
 
-In place of HIRO's correction the manager's loss has one more term: it also climbs the worker's value, so that
-it prefers subgoals that the worker can follow. Both levels learn from the same segments:
+HIRO relabels old subgoals, as the worker changes. Here the manager's loss has one more term instead: it also
+climbs the worker's value, so that it prefers subgoals that the worker can follow. As in HIRO a subgoal says
+how much achieved = obs[:dims] shall change. Both levels learn from the same segments:
 
+    every manager_period steps:
+        subgoal = manager.actor(obs, goal) + noise         (uniformly random in the first --learning-starts)
     every step:
-        action = worker(obs, subgoal) + noise, at first (--learning-starts) uniformly random, as are subgoals
-        worker_reward = -|achieved + subgoal - next_achieved|, of a subgoal that moves on as in HIRO
+        action = worker.actor(obs, subgoal) + noise        (the same)
         batch = sample_segments: segments for the manager, one random step of each for the worker
-        every manager_period steps, update_manager:
+        every manager_period steps, update_manager: TD3, with
             subgoal = manager.actor(obs, goal)
             actor_loss = -q1(obs, goal, subgoal) + coop_weight * cooperative_loss(worker, batch, subgoal)
             coop_weight: fixed, or learned so that the worker's value comes near --coop-delta
         update_worker: TD3 on the sampled steps; next_subgoal is of the same period also at its end
-    every manager_period steps:
+        next_obs, reward = env.step(action)
+        worker's reward = -|achieved + subgoal - next_achieved|           intrinsic_reward
+        next_subgoal = achieved + subgoal - next_achieved                 subgoal_transition: the same target
+    at the end of a period or an episode:
         store the segment; with --hindsight as if its end had been its subgoal, now and then also as it was
+        (one that ends by a death only as it was)
 
     python cher.py --coop-weight 0                            # HRL; in the end it says which delta to use
     python cher.py --coop-delta D                             # CHER with a learned weight, D as HRL said
@@ -137,8 +143,8 @@ class Args:
     coop_reference: float | None = None  # J_HRL, the worker's value under HRL, to log the cooperation ratio
 
     # --- Baselines and transfer (CHER section 5) ---
-    hindsight: bool = False  # HAC: store segments with their end as their subgoal ...
-    subgoal_testing_rate: float = 0.3  # ... and with this probability also as they were
+    hindsight: bool = False  # HAC: store segments with their end as their subgoal, but for deaths ...
+    subgoal_testing_rate: float = 0.3  # ... and with this probability also as they were (deaths always)
     flat: bool = False  # one TD3 in the manager's place acts; no worker. Sets manager_period 1, coop_weight 0
     worker_checkpoint: str | None = None  # model.pt or checkpoint.pt whose worker to start from
     freeze_worker: bool = False  # it neither learns nor explores
@@ -1051,13 +1057,15 @@ def describe_run(args: Args) -> dict:
     has_git = shutil.which("git") is not None
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() if has_git else ""
     packages = ("torch", "gymnasium", "mujoco", "numpy", "tyro")
+    device = "cuda" if args.device == "auto" else args.device
+    on_gpu = device.startswith("cuda") and torch.cuda.is_available()
     return {
         "script": SCRIPT,
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit or "unknown",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         "vector_units": torch.backends.cpu.get_cpu_capability(),  # "AVX2", "AVX512": tells much of the speed
         "args": dataclasses.asdict(args),
     }

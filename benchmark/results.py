@@ -30,8 +30,9 @@ stopped before its own --total-steps, which may be less than the script's length
 ORIGIN = """
 ## Commits, machines and commands
 
-Commands are those of a run's first start, without paths; commit, machine and the settings in its config.json
-are those of the last start. Presets have changed since: the settings hold, not the command alone.
+Commands are those of a run's first start (with --resume PATH: of a later one, as the first was not kept),
+without paths; commit, machine and the settings in its config.json are those of the last start. Presets and
+code have changed since: a command and its settings hold for the commit.
 """
 COLUMNS = (
     "script",
@@ -56,10 +57,14 @@ class Args:
 
 def first_command(config: dict) -> str:
     """What started the run, without the paths of its machine."""
-    words, kept = iter(shlex.split(config.get("earlier_commands", [config["command"]])[0])), []
+    python, script, *words = shlex.split(config.get("earlier_commands", [config["command"]])[0])
+    words, kept = iter(words), [python, Path(script).name]
     for word in words:
-        if word in ("--run-dir", "--resume"):
-            next(words)
+        name, equals, _ = word.partition("=")
+        name = name.replace("_", "-")
+        if name in ("--run-dir", "--resume", "--worker-checkpoint"):
+            kept += [] if name == "--run-dir" else [name, "PATH"]
+            equals or next(words)
         else:
             kept.append(word)
     return shlex.join(kept)
@@ -99,8 +104,9 @@ def read_run(file: Path) -> dict:
 
 def spread(values: list, digits: int = 2) -> str:
     """Mean, and the range if there are several."""
-    text = f"{np.mean(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    numbers = (np.mean(values), min(values), max(values))
+    mean, low, high = (f"{round(x, digits) + 0.0:.{digits}f}" for x in numbers)  # + 0.0: no -0.00
+    return mean if len(values) == 1 else f"{mean} ({low} to {high})"
 
 
 def table_row(key: tuple, runs: list[dict]) -> str:

@@ -857,14 +857,17 @@ def test_hac_stores_hindsight_and_sometimes_the_original(toy_run):
             assert np.array_equal(getattr(hindsight, name), getattr(original, name))
 
 
-def test_hac_stores_a_death(toy_run):
-    """Always as it was, and never in hindsight, where dying would be the best way to reach a subgoal."""
-    flags = dict(hindsight=True, subgoal_testing_rate=0.0, learning_starts=100)
-    records = toy_run(cher, 17, ToyEnv(death=17), **flags).manager
-    assert [(int(record.length), int(record.dead)) for record in records] == [(10, 0), (7, 1)]
+@pytest.mark.parametrize("dies, rate", [(True, 0.0), (True, 1.0), (False, 0.0)])
+def test_hac_stores_a_death(toy_run, dies, rate):
+    """Once, as it was, not in hindsight, where dying would be the best way to it. A stop is no death."""
+    flags = dict(hindsight=True, subgoal_testing_rate=rate, learning_starts=100)
+    records = toy_run(cher, 17, ToyEnv(death=17, dies=dies), **flags).manager
+    expected = [(10, 0)] * (1 + int(rate)) + [(7, int(dies))]
+    assert [(int(record.length), int(record.dead)) for record in records] == expected
     left = [math.hypot(*record.subgoal_seq[int(record.length)]) for record in records]
-    assert left[0] == pytest.approx(0, abs=1e-6) and left[1] > 0.1
-    assert records[1].worker_reward_seq[6] == pytest.approx(-left[1] / (1 - 0.99), rel=1e-4)
+    assert left[0] == pytest.approx(0, abs=1e-6) and (left[-1] > 0.1) == dies
+    if dies:
+        assert records[-1].worker_reward_seq[6] == pytest.approx(-left[-1] / (1 - 0.99), rel=1e-4)
 
 
 def test_no_hindsight_by_default(toy_run):

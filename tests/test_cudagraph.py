@@ -1,6 +1,7 @@
 """The updates as CUDA graphs: what can be shown without a GPU, and the comparison with one (marked cuda)."""
 
 import itertools
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -195,6 +196,7 @@ def test_script_on_a_gpu(script, train, run, tmp_path):
     """Training, a checkpoint, and going on from it on either device."""
     flags = ("--device", "cuda", "--total-steps", 600, "--eval-every", 300, "--save-every", 300)
     train(script, "PointMaze-U", tmp_path, *flags)
+    assert json.loads((tmp_path / "config.json").read_text())["gpu"]
     for number, device in enumerate(("cuda", "cpu", "cuda"), 1):
         more = ("--total-steps", 600 + 300 * number, "--device", device)
         run(script, "--resume", tmp_path / "checkpoint.pt", *more)

@@ -23,6 +23,7 @@ def publish(tmp_path):
         folder = tmp_path / "results" / script / env / variant / f"seed{seed}"
         folder.mkdir(parents=True)
         config = {"script": script, "commit": "abc", "machine": "two cores", "command": "python hiro.py"}
+        config |= {"gpu": "H100", "vector_units": "AVX2", "versions": {"torch": "2.9", "tyro": "1"}}
         config["args"] = {"env": env, "seed": seed, "total_steps": total, "variant": variant}
         (folder / "config.json").write_text(json.dumps(config))
         with open(folder / "progress.csv", "w", newline="") as file:
@@ -55,7 +56,17 @@ def test_the_command_that_started_a_run():
     command = "python hiro.py --run-dir '/tmp/a b' --seed 2 --eval-goals 0 8"
     config = {"command": "python hiro.py --resume x.pt", "earlier_commands": [command, "python hiro.py"]}
     assert results.first_command(config) == "python hiro.py --seed 2 --eval-goals 0 8"
-    assert results.first_command({"command": config["command"]}) == "python hiro.py"
+    assert results.first_command({"command": config["command"]}) == "python hiro.py --resume PATH"
+    command = "python /home/me/cher.py --run_dir=/x --worker-checkpoint /y/model.pt --freeze-worker"
+    shown = "python cher.py --worker-checkpoint PATH --freeze-worker"
+    assert results.first_command({"command": command}) == shown
+
+
+def test_the_machine_is_told(publish, tmp_path):
+    publish("hiro", "A", "x", 1, [1] * 5, 50)
+    table_of(tmp_path)
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "- hiro/A/x/seed1: commit abc, two cores, AVX2, H100, torch 2.9: `python hiro.py`\n" in text
 
 
 def test_unfinished_runs_stand_alone(publish, tmp_path):

@@ -106,6 +106,7 @@ def test_config(trained, script):
     assert config["script"] == script and script in config["command"]
     assert {"python", "torch", "gymnasium", "mujoco", "numpy"} <= set(config["versions"])
     assert config["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert config["gpu"] is None  # of --device cpu
     args = config["args"]
     assert args["env"] == trained.env and args["total_steps"] == 520 and args["hidden"] == 32
 
