@@ -63,6 +63,7 @@ from common_envs import SPECS, make_env
 SCRIPT = Path(__file__).stem
 FORMAT = 1  # of checkpoints; to be raised when this version writes what older ones cannot read
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# arguments that --resume, and --eval-only, may change
 RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
 RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
 EVAL_MAY_CHANGE = (*RESUME_MAY_CHANGE, "checkpoint", "eval_only", "env", "reward", "seed", "reached_radius")
@@ -121,7 +122,7 @@ class Args:
     mask_xy: bool = True  # hide obs entries 0, 1 (position) from the worker; True in HIRO's code
     manager_reward_scale: float = 0.1  # factor on the sum of environment rewards of a segment
     worker_reward_scale: float = 1.0  # factor on the worker's reward
-    candidates: int = 12  # K, of which one is the stored subgoal and one the displacement
+    candidates: int = 12  # K, one is the stored subgoal, one the displacement (where the period ended)
     candidate_noise: float = 0.5  # std of the drawn candidates around the displacement, times half-range
     random_subgoals: float = 0.0  # share of subgoals drawn uniformly; not in the paper
     worker_looks_ahead: bool = False  # True as in HIRO: at a period's end it values the next subgoal
@@ -492,10 +493,11 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Twin Q functions: (obs, goal, action) -> q [2, B]. Inputs [B, .] are shared, [2, B, .] one for each.
 
-    With rest > 0 the network is on top of the value of resting for ever, -rest |goal|. To TD learning that
-    is potential-based shaping (Ng et al. 1999; Wiewiora 2003): the optimum is the same, and the network's
-    reward is rest (|goal| - |next goal|), what a step has gained.
-    easy to overlook: q1 repeats forward, for speed; in another network q1 may return self(...)[0].
+    With rest > 0 (--rest-value, off by default) the network is on top of the value of resting for ever,
+    -rest |goal|. To TD learning that is potential-based shaping (Ng et al. 1999; Wiewiora 2003): the optimum
+    is the same, and the network's reward is rest (|goal| - |next goal|), what a step has gained.
+    easy to overlook: q1 repeats forward for one member, for speed; in a network of yours it may return
+    self(...)[0].
     """
 
     def __init__(self, input_scale, hidden: int, output_init: float, rest: float = 0.0):
@@ -620,7 +622,7 @@ class TD3:
 
 
 def explore(agent: TD3, obs, goal, uniform_share: float):
-    """An action in training: the policy's with noise, or with this chance one uniform within the limit."""
+    """An action in training: with probability uniform_share a uniform one, else the policy's with noise."""
     if uniform_share == 0 or (uniform_share < 1 and torch.rand(()) >= uniform_share):
         return agent.act(obs, goal, explore=True)
     return ((2 * torch.rand_like(agent.limit) - 1) * agent.limit).cpu().numpy()
@@ -1327,7 +1329,7 @@ def redraw_subgoals(worker: TD3, batch, args: Args):
     """A share of the worker's rows as if they had been done for another subgoal, uniform in its range.
 
     HIRO section 5.2, lower-level re-labelling. What happened does not depend on the subgoal and the reward of
-    any other is known, so a worker that is asked for little learns all directions (Kaelbling 1993).
+    any other is known, so each step teaches all directions, whatever was asked for (Kaelbling 1993).
     """
     if args.redrawn_subgoals == 0:
         return batch
@@ -1335,7 +1337,7 @@ def redraw_subgoals(worker: TD3, batch, args: Args):
     achieved, next_achieved = batch.obs[:, :dims], batch.next_obs[:, :dims]
     subgoal = (2 * torch.rand_like(batch.subgoal) - 1) * worker.half_range
     next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
-    # batch.reward is minus `own` times a factor that stays: a scale, at a death also 1 / (1 - gamma)
+    # batch.reward is -own times what no subgoal changes: a reward scale, 1 / (1 - gamma) at a death
     own = safe_norm(subgoal_transition(achieved, batch.subgoal, next_achieved))
     reward = batch.reward * safe_norm(next_subgoal) / own
     chosen = torch.rand_like(batch.reward) < args.redrawn_subgoals
@@ -1641,6 +1643,8 @@ def to_tensors(tree):
         return {name: to_tensors(value) for name, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return [to_tensors(value) for value in tree]
+    if isinstance(tree, np.generic):  # a numpy scalar, which it does not accept either
+        return tree.item()
     return torch.from_numpy(tree.copy()) if isinstance(tree, np.ndarray) else tree
 
 
@@ -1956,8 +1960,8 @@ def main(args: Args):
         achieved, next_achieved, episode_over = obs[:dims], next_obs[:dims], terminated or truncated
         next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
         worker_reward = intrinsic_reward(achieved, subgoal, next_achieved)
-        # easy to overlook: who dies counts as resting there for ever. Rewards are negative, so an end worth 0
-        # would pay for dying; and a bootstrap from the dead, where no step starts, is never put right
+        # easy to overlook: a death counts as staying there for ever. Rewards are negative, so a value of 0
+        # would reward dying; and no step starts from a dead state: a bootstrap from one is never corrected
         if info["dead"]:
             worker_reward /= 1 - args.worker_gamma
         segment.add(action, reward, next_obs)

@@ -4,8 +4,8 @@
     python cher.py --env AntMaze-ULarge --help     # every setting, with the values for this environment
 
 HIRO relabels old subgoals, as the worker changes. Here the manager's loss has one more term instead: it also
-climbs the worker's value, so that it prefers subgoals that the worker can follow. As in HIRO a subgoal says
-how much achieved = obs[:dims] shall change. Both levels learn from the same segments:
+ascends the worker's value, so that it prefers subgoals that the worker can follow. As in HIRO a subgoal is a
+change of `achieved`, the first entries of obs. Both levels learn from the same segments, records of a period:
 
     every manager_period steps:
         subgoal = manager.actor(obs, goal) + noise         (uniformly random in the first --learning-starts)
@@ -15,21 +15,21 @@ how much achieved = obs[:dims] shall change. Both levels learn from the same seg
         every manager_period steps, update_manager: TD3, with
             subgoal = manager.actor(obs, goal)
             actor_loss = -q1(obs, goal, subgoal) + coop_weight * cooperative_loss(worker, batch, subgoal)
-            coop_weight: fixed, or learned so that the worker's value comes near --coop-delta
+            coop_weight: fixed, or learned so that the worker's value stays near --coop-delta
         update_worker: TD3 on the sampled steps; next_subgoal is of the same period also at its end
         next_obs, reward = env.step(action)
         worker's reward = -|achieved + subgoal - next_achieved|           intrinsic_reward
         next_subgoal = achieved + subgoal - next_achieved                 subgoal_transition: the same target
     at the end of a period or an episode:
-        store the segment; with --hindsight as if its end had been its subgoal, now and then also as it was
-        (one that ends by a death only as it was)
+        store the segment; with --hindsight as if its end had been its subgoal, and with a chance of 0.3 also
+        as it was (one that ends by a death only as it was)
 
     python cher.py --coop-weight 0                            # HRL; in the end it says which delta to use
     python cher.py --coop-delta D                             # CHER with a learned weight, D as HRL said
     python cher.py --coop-weight 0 --relabeling off_policy    # HIRO, otherwise as CHER
     python cher.py --coop-weight 0 --hindsight                # HAC with egocentric subgoals
     python cher.py --flat                                     # TD3 without a hierarchy
-    python cher.py --worker-checkpoint PATH --freeze-worker   # a new manager for an old worker
+    python cher.py --worker-checkpoint PATH --freeze-worker   # a new manager for a trained worker
 
 Off by default, for a worker that learns faster: --redrawn-subgoals (an ablation in HIRO's paper) and
 --rest-value (in no paper that we know).
@@ -71,6 +71,7 @@ from common_envs import SPECS, make_env
 SCRIPT = Path(__file__).stem
 FORMAT = 1  # of checkpoints; to be raised when this version writes what older ones cannot read
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# arguments that --resume, and --eval-only, may change
 RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
 RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
 EVAL_MAY_CHANGE = (*RESUME_MAY_CHANGE, "checkpoint", "eval_only", "env", "reward", "seed", "reached_radius")
@@ -124,12 +125,12 @@ class Args:
 
     # --- Hierarchy (HIRO) ---
     manager_period: int = 10  # c, worker steps per subgoal
-    subgoal_space: Literal["full", "xyz", "xy"] = "full"  # which first entries of obs; "xy": as later papers
+    subgoal_space: Literal["full", "xyz", "xy"] = "full"  # first 15, 3 or 2 entries; "xy": as later papers
     subgoal_limit: tuple[float, ...] = ()  # half-range of subgoals, in metres first; empty: SUBGOAL_SPACES
     mask_xy: bool = False  # hide obs entries 0, 1 (position) from the worker; True in HIRO's code
     manager_reward_scale: float = 0.1  # factor on the sum of environment rewards of a segment
     relabeling: Literal["off_policy", "fun", "none"] = "none"  # HIRO's correction and its two ablations
-    candidates: int = 10  # K, of which one is the stored subgoal and one the displacement
+    candidates: int = 10  # K, one is the stored subgoal, one the displacement (where the period ended)
     candidate_noise: float = 0.5  # std of the drawn candidates around the displacement, times half-range
     fun_noise: float = 0.1  # std of the only draw of --relabeling fun, times half-range
     random_subgoals: float = 0.0  # share of subgoals drawn uniformly; not in the paper
@@ -213,7 +214,7 @@ PRESETS: dict[str, dict] = {
         "total_steps": 300_000,
     },
     "AntMaze-U": {
-        "source": "CHER's values; not in its paper, length of training as in HIGL",
+        "source": "CHER's values; not in its paper and not run here; length of training as in HIGL",
         "total_steps": 1_000_000,
     },
     "AntMaze-UStochastic": {"source": "as AntMaze-U", "total_steps": 1_000_000},
@@ -231,7 +232,7 @@ PRESETS: dict[str, dict] = {
 }
 
 # Subgoals are about the first entries of obs: x, y, z, quaternion, then hip and ankle of four legs.
-# Half-ranges (entries lie within +-) of HIRO appendix C; in the networks the manager's limit.
+# Half-ranges (entries lie within +-) of HIRO appendix C, the limits of the manager's output.
 FULL = (10.0, 10.0, 0.5, 1.0, 1.0, 1.0, 1.0, 0.5, 0.3, 0.5, 0.3, 0.5, 0.3, 0.5, 0.3)
 SUBGOAL_SPACES = {"full": FULL, "xyz": FULL[:3], "xy": FULL[:2]}
 
@@ -340,7 +341,7 @@ def check_args(args: Args):
     if args.candidates < 3 and args.relabeling == "off_policy":
         fail("--candidates must be at least 3: the stored subgoal, the displacement and one draw")
     if not args.coop_weight >= 0:  # also NaN
-        fail("--coop-weight must not be below 0: the manager would look for what the worker cannot do")
+        fail("--coop-weight must not be below 0: the manager would seek what the worker cannot reach")
     for name in ("coop_delta", "coop_reference"):
         if getattr(args, name) is not None and not getattr(args, name) < 0:
             fail(f"--{name.replace('_', '-')} must be below 0, as the worker's rewards are")
@@ -427,10 +428,11 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Twin Q functions: (obs, goal, action) -> q [2, B]. Inputs [B, .] are shared, [2, B, .] one for each.
 
-    With rest > 0 the network is on top of the value of resting for ever, -rest |goal|. To TD learning that
-    is potential-based shaping (Ng et al. 1999; Wiewiora 2003): the optimum is the same, and the network's
-    reward is rest (|goal| - |next goal|), what a step has gained.
-    easy to overlook: q1 repeats forward, for speed; in another network q1 may return self(...)[0].
+    With rest > 0 (--rest-value, off by default) the network is on top of the value of resting for ever,
+    -rest |goal|. To TD learning that is potential-based shaping (Ng et al. 1999; Wiewiora 2003): the optimum
+    is the same, and the network's reward is rest (|goal| - |next goal|), what a step has gained.
+    easy to overlook: q1 repeats forward for one member, for speed; in a network of yours it may return
+    self(...)[0].
     """
 
     def __init__(self, input_scale, hidden: int, output_init: float, rest: float = 0.0):
@@ -555,7 +557,7 @@ class TD3:
 
 
 def explore(agent: TD3, obs, goal, uniform_share: float):
-    """An action in training: the policy's with noise, or with this chance one uniform within the limit."""
+    """An action in training: with probability uniform_share a uniform one, else the policy's with noise."""
     if uniform_share == 0 or (uniform_share < 1 and torch.rand(()) >= uniform_share):
         return agent.act(obs, goal, explore=True)
     return ((2 * torch.rand_like(agent.limit) - 1) * agent.limit).cpu().numpy()
@@ -797,7 +799,7 @@ def redraw_subgoals(worker: TD3, batch, args: Args):
     """A share of the worker's rows as if they had been done for another subgoal, uniform in its range.
 
     HIRO section 5.2, lower-level re-labelling. What happened does not depend on the subgoal and the reward of
-    any other is known, so a worker that is asked for little learns all directions (Kaelbling 1993).
+    any other is known, so each step teaches all directions, whatever was asked for (Kaelbling 1993).
     """
     if args.redrawn_subgoals == 0:
         return batch
@@ -805,7 +807,7 @@ def redraw_subgoals(worker: TD3, batch, args: Args):
     achieved, next_achieved = batch.obs[:, :dims], batch.next_obs[:, :dims]
     subgoal = (2 * torch.rand_like(batch.subgoal) - 1) * worker.half_range
     next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
-    # batch.reward is minus `own` times a factor that stays: a scale, at a death also 1 / (1 - gamma)
+    # batch.reward is -own times what no subgoal changes: a reward scale, 1 / (1 - gamma) at a death
     own = safe_norm(subgoal_transition(achieved, batch.subgoal, next_achieved))
     reward = batch.reward * safe_norm(next_subgoal) / own
     chosen = torch.rand_like(batch.reward) < args.redrawn_subgoals
@@ -1095,6 +1097,8 @@ def to_tensors(tree):
         return {name: to_tensors(value) for name, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return [to_tensors(value) for value in tree]
+    if isinstance(tree, np.generic):  # a numpy scalar, which it does not accept either
+        return tree.item()
     return torch.from_numpy(tree.copy()) if isinstance(tree, np.ndarray) else tree
 
 
@@ -1464,8 +1468,8 @@ def main(args: Args):
         achieved, next_achieved, episode_over = obs[:dims], next_obs[:dims], terminated or truncated
         next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
         worker_reward = intrinsic_reward(achieved, subgoal, next_achieved)
-        # easy to overlook: who dies counts as resting there for ever. Rewards are negative, so an end worth 0
-        # would pay for dying; and a bootstrap from the dead, where no step starts, is never put right
+        # easy to overlook: a death counts as staying there for ever. Rewards are negative, so a value of 0
+        # would reward dying; and no step starts from a dead state: a bootstrap from one is never corrected
         if info["dead"]:
             worker_reward /= 1 - args.worker_gamma
         # easy to overlook: the subgoal that the worker acted on, and its successor in the same period

@@ -396,7 +396,7 @@ class AntEnv(gym.Env):
         success = bool(self._success(distance))
         self.reached |= success
         terminated = False
-        if not self.evaluate and self.steps % 10 == 0:  # 10 steps are one action of the manager
+        if not self.evaluate and self.steps % 10 == 0:  # the papers' manager_period, whatever the script's
             terminated = {"reached": self.reached, "inside": success}.get(self.task.early_stop, False)
         return float(self._reward(distance)), terminated, self._info(success)
 

@@ -3,8 +3,9 @@
     python hiro.py --env AntMaze-ULarge            # train
     python hiro.py --env AntMaze-ULarge --help     # every setting, with the values for this environment
 
-Two TD3 agents. Every `manager_period` steps the manager, who sees the task's goal, sets a subgoal: how much
-achieved = obs[:dims], the first entries of obs, shall change. The worker sees the subgoal, never the goal:
+Two TD3 agents. Every `manager_period` steps (a period; its record is a segment) the manager, who sees the
+task's goal, sets a subgoal: a change of `achieved`, the first entries of obs, that the worker is to bring
+about. The worker sees the subgoal, never the goal:
 
     every manager_period steps:
         subgoal = manager.actor(obs, goal) + noise
@@ -17,8 +18,10 @@ achieved = obs[:dims], the first entries of obs, shall change. The worker sees t
                        period next_subgoal is the manager's new one (--worker-looks-ahead)
     every manager_period steps:
         update_manager: TD3 on (obs, goal, relabeled subgoal, 0.1 * summed reward, obs one period later)
-        relabel_subgoals: the worker has changed since a segment was recorded, so its subgoal is replaced by
-        the candidate that best explains the recorded actions to the present worker (off-policy correction)
+        in it relabel_subgoals: the worker has changed since a segment was recorded, so its subgoal gives way
+        to the candidate that best explains the recorded actions to the present worker (off-policy correction)
+
+The method is in the sections subgoals, relabeling and updates, and in main's loop; the rest is plumbing.
 
 Off by default, for a worker that learns faster: --redrawn-subgoals (an ablation in HIRO's paper) and
 --rest-value (in no paper that we know).
@@ -60,6 +63,7 @@ from common_envs import SPECS, make_env
 SCRIPT = Path(__file__).stem
 FORMAT = 1  # of checkpoints; to be raised when this version writes what older ones cannot read
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# arguments that --resume, and --eval-only, may change
 RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
 RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
 EVAL_MAY_CHANGE = (*RESUME_MAY_CHANGE, "checkpoint", "eval_only", "env", "reward", "seed", "reached_radius")
@@ -113,16 +117,16 @@ class Args:
 
     # --- Hierarchy (HIRO) ---
     manager_period: int = 10  # c, worker steps per subgoal
-    subgoal_space: Literal["full", "xyz", "xy"] = "full"  # which first entries of obs; "xy": as later papers
+    subgoal_space: Literal["full", "xyz", "xy"] = "full"  # first 15, 3 or 2 entries; "xy": as later papers
     subgoal_limit: tuple[float, ...] = ()  # half-range of subgoals, in metres first; empty: SUBGOAL_SPACES
     mask_xy: bool = True  # hide obs entries 0, 1 (position) from the worker; True in HIRO's code
     manager_reward_scale: float = 0.1  # factor on the sum of environment rewards of a segment
     relabeling: Literal["off_policy", "fun", "none"] = "off_policy"  # HIRO's correction and its two ablations
-    candidates: int = 10  # K, of which one is the stored subgoal and one the displacement
+    candidates: int = 10  # K, one is the stored subgoal, one the displacement (where the period ended)
     candidate_noise: float = 0.5  # std of the drawn candidates around the displacement, times half-range
     fun_noise: float = 0.1  # std of the only draw of --relabeling fun, times half-range
     random_subgoals: float = 0.0  # share of subgoals drawn uniformly; not in the paper
-    worker_looks_ahead: bool = True  # at a period's end it values the manager's next subgoal, as released
+    worker_looks_ahead: bool = True  # a period's last step bootstraps from the next subgoal, as released
 
     # --- TD3, both levels ---
     hidden: int = 300  # units in each of the two hidden layers
@@ -159,12 +163,11 @@ class Args:
     reached_radius: float = 1.0  # m, a subgoal counts as reached when its period ends within this of it
 
 
-# Mazes that are not in HIRO's paper, with corridors of 2 to 4 m. Its values froze the worker of AntMaze-U, as
-# the manager asked for 13 m into a corner, always the same. With these it walks (success 0.04 late in 300k
-# steps); so it did with 10 m in x and y, half of the subgoals uniform (variant diverse: 0.18). One seed each;
-# what is needed was not taken apart, the other mazes have not been run. Length as in HIGL.
+# Mazes that are not in HIRO's paper, with corridors of 2 to 4 m. With its values the ant of AntMaze-U stood
+# still: the manager asked for 13 m into one corner. With these it walks (success 0.04 late in 300k steps, one
+# seed). Which of them matters is not known, and the other mazes have not been run: benchmark/LOG.md.
 SMALL_MAZE = {
-    "source": "not in HIRO's paper: subgoals of 2 m in x and y, worker_gamma as in HIGL, the rest found here",
+    "source": "not in HIRO's paper: subgoals of 2 m; worker_gamma and length as in HIGL, the rest found here",
     "subgoal_space": "xy",
     "subgoal_limit": (2.0, 2.0),
     "manager_noise": 0.5,
@@ -210,7 +213,7 @@ PRESETS: dict[str, dict] = {
 }
 
 # Subgoals are about the first entries of obs: x, y, z, quaternion, then hip and ankle of four legs.
-# Half-ranges (entries lie within +-) of HIRO appendix C; in the networks the manager's limit.
+# Half-ranges (entries lie within +-) of HIRO appendix C, the limits of the manager's output.
 FULL = (10.0, 10.0, 0.5, 1.0, 1.0, 1.0, 1.0, 0.5, 0.3, 0.5, 0.3, 0.5, 0.3, 0.5, 0.3)
 SUBGOAL_SPACES = {"full": FULL, "xyz": FULL[:3], "xy": FULL[:2]}
 
@@ -391,10 +394,11 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Twin Q functions: (obs, goal, action) -> q [2, B]. Inputs [B, .] are shared, [2, B, .] one for each.
 
-    With rest > 0 the network is on top of the value of resting for ever, -rest |goal|. To TD learning that
-    is potential-based shaping (Ng et al. 1999; Wiewiora 2003): the optimum is the same, and the network's
-    reward is rest (|goal| - |next goal|), what a step has gained.
-    easy to overlook: q1 repeats forward, for speed; in another network q1 may return self(...)[0].
+    With rest > 0 (--rest-value, off by default) the network is on top of the value of resting for ever,
+    -rest |goal|. To TD learning that is potential-based shaping (Ng et al. 1999; Wiewiora 2003): the optimum
+    is the same, and the network's reward is rest (|goal| - |next goal|), what a step has gained.
+    easy to overlook: q1 repeats forward for one member, for speed; in a network of yours it may return
+    self(...)[0].
     """
 
     def __init__(self, input_scale, hidden: int, output_init: float, rest: float = 0.0):
@@ -519,7 +523,7 @@ class TD3:
 
 
 def explore(agent: TD3, obs, goal, uniform_share: float):
-    """An action in training: the policy's with noise, or with this chance one uniform within the limit."""
+    """An action in training: with probability uniform_share a uniform one, else the policy's with noise."""
     if uniform_share == 0 or (uniform_share < 1 and torch.rand(()) >= uniform_share):
         return agent.act(obs, goal, explore=True)
     return ((2 * torch.rand_like(agent.limit) - 1) * agent.limit).cpu().numpy()
@@ -653,7 +657,7 @@ def redraw_subgoals(worker: TD3, batch, args: Args):
     """A share of the worker's rows as if they had been done for another subgoal, uniform in its range.
 
     HIRO section 5.2, lower-level re-labelling. What happened does not depend on the subgoal and the reward of
-    any other is known, so a worker that is asked for little learns all directions (Kaelbling 1993).
+    any other is known, so each step teaches all directions, whatever was asked for (Kaelbling 1993).
     """
     if args.redrawn_subgoals == 0:
         return batch
@@ -661,7 +665,7 @@ def redraw_subgoals(worker: TD3, batch, args: Args):
     achieved, next_achieved = batch.obs[:, :dims], batch.next_obs[:, :dims]
     subgoal = (2 * torch.rand_like(batch.subgoal) - 1) * worker.half_range
     next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
-    # batch.reward is minus `own` times a factor that stays: a scale, at a death also 1 / (1 - gamma)
+    # batch.reward is -own times what no subgoal changes: a reward scale, 1 / (1 - gamma) at a death
     own = safe_norm(subgoal_transition(achieved, batch.subgoal, next_achieved))
     reward = batch.reward * safe_norm(next_subgoal) / own
     chosen = torch.rand_like(batch.reward) < args.redrawn_subgoals
@@ -921,6 +925,8 @@ def to_tensors(tree):
         return {name: to_tensors(value) for name, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return [to_tensors(value) for value in tree]
+    if isinstance(tree, np.generic):  # a numpy scalar, which it does not accept either
+        return tree.item()
     return torch.from_numpy(tree.copy()) if isinstance(tree, np.ndarray) else tree
 
 
@@ -1215,8 +1221,8 @@ def main(args: Args):
         achieved, next_achieved, episode_over = obs[:dims], next_obs[:dims], terminated or truncated
         next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
         worker_reward = intrinsic_reward(achieved, subgoal, next_achieved)
-        # easy to overlook: who dies counts as resting there for ever. Rewards are negative, so an end worth 0
-        # would pay for dying; and a bootstrap from the dead, where no step starts, is never put right
+        # easy to overlook: a death counts as staying there for ever. Rewards are negative, so a value of 0
+        # would reward dying; and no step starts from a dead state: a bootstrap from one is never corrected
         if info["dead"]:
             worker_reward /= 1 - args.worker_gamma
         segment.add(action, reward, next_obs)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import SCRIPTS, TINY, read_rows
@@ -258,3 +259,11 @@ def test_kill_at_any_moment(script, kills, start, run, tmp_path):
         step = state["loop"]["step"]
     run(script, "--resume", checkpoint, "--total-steps", step + 3, "--eval-every", 100_000)
     assert [row["step"] for row in read_rows(tmp_path)] == [str(step + 3)]
+
+
+def test_numpy_scalars_can_be_saved(module, tmp_path):
+    """A fork's loop easily holds one, as np.linalg.norm(..) < r is; torch.load would refuse the file."""
+    tree = {"reached": np.linalg.norm([3, 4]) < 6, "left": [np.float64(0.5), np.arange(3)]}
+    torch.save(module.to_tensors(tree), tmp_path / "x.pt")
+    loaded = torch.load(tmp_path / "x.pt", weights_only=True)
+    assert loaded["reached"] is True and loaded["left"][0] == 0.5 and loaded["left"][1].tolist() == [0, 1, 2]
