@@ -8,20 +8,24 @@ This is hiro.py with subgoals in x and y and, in the order in which they were pr
     HRAC   adjacency_loss: the manager keeps its subgoals within a few steps' reach  (arXiv 2006.11485)
     HIGL   landmarks, spread out and novel, and a planner over them                  (arXiv 2110.13625)
     ACLG   landmark_loss: the subgoal is drawn towards the next landmark of the plan (GCMR)
-    GCMR   relabel_subgoals scores candidates on states mixed from the replay and from a learned model;
-           gradient_penalty bounds the worker's critics by what the model says the reward can change;
+    GCMR   relabel_subgoals moves an old subgoal towards the best candidate, scored on states mixed from the
+           replay and from a learned model;
+           gradient_penalty bounds how fast the worker's Q changes with the action, by the model's reward;
            rollout_planning_loss lets the worker look one step ahead with the manager's critics
 
     every step:
-        act, and store as in hiro.py, but a period's last step, too, looks at the old target only
-        update_worker: critics by critic_loss + gradient_penalty, several times;
-                       its actor once, by -q1, now and then + rollout_planning_loss
+        act, and store as in hiro.py, but with --no-worker-looks-ahead
+        update_worker: critics by critic_loss + gradient_penalty, once a step, more often with the penalty;
+                       at every worker_actor_every-th its actor: -q1, now and then + rollout_planning_loss
     every manager_period steps:
-        update_manager: relabeled critic_loss; -q1 + adjacency_loss + landmark_loss towards target_landmarks
+        update_manager: relabeled critic_loss; -q1 + adjacency_loss + landmark_loss towards plan_landmarks
     at the end of an episode:
         novelty landmarks from random network distillation; now and then the adjacency network and the model
 
+The landmarks' planner is a training signal for the manager's actor only: nothing plans while acting.
 A weight of 0 switches a term off; README has the command lines of HIRO, HRAC, HIGL and ACLG.
+The method is in the sections from the dynamics model to the updates, and in main's loop; the rest is as in
+hiro.py, but for defaults and for when target networks move (update_worker, update_manager).
 
 Off by default, for a worker that learns faster: --redrawn-subgoals (an ablation in HIRO's paper) and
 --rest-value (in no paper that we know).
@@ -125,7 +129,7 @@ class Args:
     candidates: int = 12  # K, one is the stored subgoal, one the displacement (where the period ended)
     candidate_noise: float = 0.5  # std of the drawn candidates around the displacement, times half-range
     random_subgoals: float = 0.0  # share of subgoals drawn uniformly; not in the paper
-    worker_looks_ahead: bool = False  # True as in HIRO: at a period's end it values the next subgoal
+    worker_looks_ahead: bool = False  # True as in HIRO: a period's last step bootstraps from the next subgoal
     time_limit_is_terminal: bool = False  # True as released: every end of an episode is terminal
 
     # --- TD3, both levels ---
@@ -172,17 +176,17 @@ class Args:
 
     # --- Landmarks (HIGL; ACLG: GCMR) ---
     landmark_weight: float = 1.0  # weight of landmark_loss in the manager's actor loss
-    landmark_weight_before_planner: float = 1.0  # factor until then, as released: pulls subgoals to 0
-    landmark_space: Literal["goal", "adjacency"] = "goal"  # in metres (ACLG) or embedded (HIGL)
+    landmark_weight_before_planner: float = 1.0  # factor on it before planner_starts; 1: pulls subgoals to 0
+    landmark_space: Literal["goal", "adjacency"] = "goal"  # the loss in metres (ACLG) or embedded (HIGL)
     landmark_shift: float = 2.0  # m, the pseudo-landmark lies this far towards the landmark
     planner_starts: Count = 60_000  # environment steps
     coverage_landmarks: int = 60  # by farthest-point sampling
     coverage_pool: int = 1_000  # states from which they are taken
     novelty_landmarks: int = 60  # the most novel states, by random network distillation
-    novelty_radius: float = 0.2  # m, novelty landmarks nearer than this to a visited place are dropped
+    novelty_radius: float = 0.2  # m, old novelty landmarks nearer than this to the new episode are dropped
     novelty_lr: float = 1e-3  # Adam, of the predictor
-    edge_cutoff: float = -38.0  # clip_v, edges with a lower value are cut
-    direct_value: float = -10.0  # goal_thr, a goal whose direct edge is above is its own landmark
+    edge_cutoff: float = -38.0  # clip_v, edges (the worker's Q from one landmark to another) below it are cut
+    direct_value: float = -10.0  # goal_thr, a goal whose value from the state is above it is the landmark
     path_search: Literal["exact", "soft"] = "exact"  # "soft": the released 20 rounds of soft value iteration
     planner_rows: int = 0  # rows of a batch to plan for, 0: all (released); fewer only raise the variance
     planner_keeps_graph: int = 1  # plans made with one set of landmarks and their edges (released: 1)
@@ -198,18 +202,18 @@ class Args:
     dynamics_every: Count = 2_000  # environment steps between trainings
     dynamics_first_updates: int = 2_000  # gradient steps of the first training
     dynamics_updates: int = 200  # gradient steps of later ones (released: up to 52 passes over 60,000 rows)
-    dynamics_rows: Count = 50_000  # a training uses this many random rows and the newest fifth as many
+    dynamics_rows: Count = 50_000  # so many random draws, and a fifth as many of the newest rows
 
     # --- Relabeling (GCMR) ---
     model_relabeling: bool = True  # score candidates on model rollouts; off: on the recorded states (HIRO)
-    rollout_weight: float = 0.95  # w, the i-th state is w^i recorded, 1 - w^i model; 0 and 1: all recorded
-    relabel_shift: float = 20.0  # delta_sg; for another batch_size times sqrt(it / 128); 0: hard relabeling
-    relabel_norm: Literal["batch", "sample"] = "batch"  # unit of the shift: norm over the batch or row
+    rollout_weight: float = 0.95  # w, the i-th state is w^i recorded, 1 - w^i model; 0 or 1: no model
+    relabel_shift: float = 20.0  # delta_sg; times sqrt(batch_size / 128); 0: take the best candidate itself
+    relabel_norm: Literal["batch", "sample"] = "batch"  # shift / norm of all differences, or each row's
 
     # --- Gradient penalty (GCMR) ---
     gradient_penalty_weight: float = 1.0  # lambda_gp
     gradient_penalty_every: int = 5  # worker critic updates
-    gradient_penalty_form: Literal["paper", "released"] = "paper"  # whose actions, and is the bound divided
+    gradient_penalty_form: Literal["paper", "released"] = "paper"  # worker's actions, k; or uniform, k / rows
     gradient_penalty_copies: int = 16  # random actions per row of "released"
 
     # --- One-step rollout planning (GCMR) ---
@@ -228,7 +232,7 @@ PRESETS: dict[str, dict] = {
     "AntMaze-U": {"source": "released script of AntMaze-v1"},
     "AntMaze-UStochastic": {"source": "released script of the stochastic AntMaze-v1"},
     "AntMaze-ULarge": {
-        "source": "released script of AntMaze-v0, but without its manual collision",
+        "source": "released script of AntMaze-v0, but without the put-back at walls (docs/envs.md)",
         "relabel_shift": 30.0,
         "landmark_shift": 3.0,
         "total_steps": 1_200_000,
@@ -744,10 +748,10 @@ class DynamicsEnsemble(nn.Module):
         return mean, clamp_log_variance(log_var)
 
     def sample_delta(self, obs, action):
-        """A draw of s' - s, each row from one member at random. Differentiable. [B, .] -> [B, obs_dim]
+        """A draw of s' - s, each row from one random member. Differentiable. [B, .] -> [B, obs_dim]
 
-        Rows are shuffled, dealt to the members in turn (the last round filled up with repetitions), and put
-        back in order, so that each row is computed once and not by all members.
+        Rows are shuffled and dealt out in equal shares (some twice, to fill up), and put back in order, so
+        that each row is computed once and not by all members.
         """
         members, rows = len(self.layers[0].weight), len(obs)
         order = torch.rand(rows, device=obs.device).argsort()
@@ -771,7 +775,7 @@ class DynamicsEnsemble(nn.Module):
         inputs = torch.cat([obs, action], -1)
         self.input_mean.copy_(inputs.mean(0))
         std = inputs.std(0)
-        self.input_std.copy_(torch.where(std < 1e-6, 1.0, std))  # what never moved says nothing when it does
+        self.input_std.copy_(torch.where(std < 1e-6, 1.0, std))  # one that never moved is not scaled
         self.delta_mean.copy_(delta.mean(0))
         self.delta_std.copy_(delta.std(0) + 1e-7)
 
@@ -782,7 +786,7 @@ class DynamicsEnsemble(nn.Module):
 
     @torch.no_grad()
     def relative_error(self, obs, action, delta) -> float:
-        """Squared error over variance (here or in training), mean over dims. 1: the model knows nothing."""
+        """Squared error / variance, the larger of here and in training; mean over dims. 1: knows nothing."""
         prediction = self(obs, action)[0].mean(0) * self.delta_std + self.delta_mean
         std = torch.maximum(delta.std(0) + 1e-7, self.delta_std)  # some entries move in some rows only
         return float(((prediction - delta) / std).square().mean())
@@ -942,14 +946,14 @@ class Novelty(nn.Module):
 
     @torch.no_grad()
     def visit(self, obs, args: Args):
-        """Put an episode's states [T + 1, obs_dim] into the queue, in place of old entries near them."""
+        """Put an episode's states [T + 1, obs_dim] among the most novel, in place of old ones near them."""
         self.update_queue(obs, self.novelty(obs), args)
 
     def update_queue(self, obs, score, args: Args):
         distance = torch.cdist(self.obs[:, : self.dims], obs[:, : self.dims], compute_mode=EXACT)
-        # scores are never refreshed: a place that was visited again is no longer novel
-        old = ~(distance < args.novelty_radius).any(1)
-        obs, score = torch.cat([self.obs[old], obs]), torch.cat([self.score[old], score])
+        # a place that was visited again is no longer novel, and stored scores are never refreshed: drop it
+        kept = ~(distance < args.novelty_radius).any(1)
+        obs, score = torch.cat([self.obs[kept], obs]), torch.cat([self.score[kept], score])
         best = score.argsort(descending=True, stable=True)
         best = best[first_occurrences(obs[best, : self.dims])][: args.novelty_landmarks]
         self.obs, self.score = obs[best], score[best]
@@ -1013,7 +1017,8 @@ def score_rollouts(worker: TD3, dynamics: DynamicsEnsemble, candidates, batch, h
     """score_candidates on states that drift from the recorded ones to those of the model. [B, K, D] -> [B, K]
 
     What the present worker would do under another subgoal leads elsewhere: from the second step on it acts in
-    w^i x recorded + (1 - w^i) x predicted states (GCMR).
+    w^i x recorded + (1 - w^i) x predicted states (GCMR). The model's share grows from 5 to 37 %. Subgoals are
+    clipped at each step, unlike in score_candidates.
     """
     batch_size, count, dims = candidates.shape
     obs = batch.obs_seq[:, 0].repeat_interleave(count, 0)  # [B * K, obs_dim]
@@ -1037,8 +1042,9 @@ def score_rollouts(worker: TD3, dynamics: DynamicsEnsemble, candidates, batch, h
 def shift_towards(subgoal, best, half_range, args: Args):
     """Soft relabeling (GCMR): the subgoal moves towards the best candidate. [B, D] -> [B, D]
 
-    The unit of relabel_shift is the norm of the whole batch of differences, which grows with the square root
-    of batch_size: with the norm of each row, as printed in the paper, 20 would overshoot almost always.
+    The unit of relabel_shift is the norm of the whole batch of differences, so that the batch moves by
+    relabel_shift / sqrt(batch_size) in root mean square, 1.77 at 20, whatever the differences. With the norm
+    of each row, as printed in the paper, 20 would overshoot almost always.
     """
     if args.relabel_shift == 0:
         return best
@@ -1068,7 +1074,8 @@ def relabel_subgoals(worker: TD3, dynamics: DynamicsEnsemble, batch, half_range,
 def farthest_point_sample(points, count: int):
     """Indices [count] of points spread out: the first, then always the one farthest from those chosen.
 
-    points [N, D]; distance is the mean of squares over D; stops early when all the rest is nearer than 1e-3.
+    points [N, D]; distance is the mean of squares over D. Points are left out once all others are nearer than
+    1e-3 (4.5 cm in x and y).
     """
     chosen = [torch.zeros((), dtype=torch.long, device=points.device)]
     distance, spread = (points - points[0]).square().mean(-1), []
@@ -1079,6 +1086,10 @@ def farthest_point_sample(points, count: int):
         distance = torch.minimum(distance, (points - farthest).square().mean(-1))
     apart = torch.stack([torch.full_like(distance[0], torch.inf), *spread]) >= 1e-3
     return torch.stack(chosen)[apart]
+
+
+# n landmarks, G goals (one per row of the batch). An edge from i to j is what the worker's Q says at i of the
+# target j, at most 0.
 
 
 def edge_values(worker: TD3, obs, targets):
@@ -1152,7 +1163,7 @@ def planner_precision(args: Args, obs):
 
 
 class LandmarkGraph:
-    """The landmarks and the edges between them, kept for some plans if asked: a third of a plan's rows."""
+    """The landmarks and the edges between them: a third of a plan's work, so they can be kept for several."""
 
     def __init__(self, device):
         self.obs, self.edges = torch.zeros(0, 0, device=device), torch.zeros(0, 0, device=device)
@@ -1200,19 +1211,22 @@ def plan_landmarks(worker: TD3, graph: LandmarkGraph, obs, goal, args: Args):
 
 
 def adjacency_loss(adjacency: Adjacency, achieved, subgoal, args: Args):
-    """Hinge on the embedding distance from here to the subgoal (HRAC). Gradient to the subgoal."""
+    """Hinge on the embedding distance from here to the subgoal (HRAC), for the manager's actor.
+
+    It acts from the first update on, until adjacency_every with an untrained embedding, as released.
+    """
     margin = 0.5 * (args.adjacency_near + args.adjacency_far)
     distance = embedding_distance(adjacency.embed(achieved), adjacency.embed(achieved + subgoal))
     return F.relu(distance - margin).mean()
 
 
-def landmark_loss(adjacency: Adjacency, achieved, subgoal, target_landmark, args: Args):
+def landmark_loss(adjacency: Adjacency, achieved, subgoal, pseudo_landmark, args: Args):
     """Distance of the subgoal's target from the pseudo-landmark, plain (ACLG) or embedded (HIGL)."""
     target = achieved + subgoal
     if args.landmark_space == "goal":
-        return (target_landmark - target).square().mean()
+        return (pseudo_landmark - target).square().mean()
     margin = 0.5 * (args.adjacency_near + args.adjacency_far)
-    distance = embedding_distance(adjacency.embed(target_landmark), adjacency.embed(target))
+    distance = embedding_distance(adjacency.embed(pseudo_landmark), adjacency.embed(target))
     return F.relu(distance - margin).mean()
 
 
@@ -1220,8 +1234,9 @@ def gradient_penalty(worker: TD3, dynamics: DynamicsEnsemble, obs, subgoal, args
     """Hinge on the critics' gradient by the action (GCMR). Returns it and numbers for the log.
 
     The paper's bound on how fast Q changes with the action: k = sqrt(A) L_r / (1 - gamma), with L_r the
-    steepest slope of the model's reward in the batch. obs [B, obs_dim], subgoal [B, D]. As
-    released, of the unscaled reward: with --worker-reward-scale 1.5 (AntPush-Small) k is too low.
+    steepest slope of the model's reward in the batch. obs [B, obs_dim], subgoal [B, D].
+
+    As released the reward is unscaled: with --worker-reward-scale 1.5 (AntPush-Small) k is too low.
     """
     if args.gradient_penalty_form == "paper":
         action = worker.actor(obs, subgoal).detach()
@@ -1250,11 +1265,11 @@ def action_slope(critic: Critic, obs, goal, action):
 
 
 def penalty_at(worker: TD3, dynamics: DynamicsEnsemble, obs, subgoal, action, args: Args) -> tuple:
-    """gradient_penalty at given actions [B, A]."""
+    """gradient_penalty at given actions [B, A]; apart, for the tests."""
     action = action.requires_grad_()
     change = dynamics.sample_delta(obs, action)[:, : subgoal.shape[-1]]
-    reward = (change - subgoal).norm(dim=-1)
-    reward_slope = torch.autograd.grad(reward.sum(), action)[0].norm(dim=-1).amax()
+    distance = (change - subgoal).norm(dim=-1)  # minus the model's reward
+    reward_slope = torch.autograd.grad(distance.sum(), action)[0].norm(dim=-1).amax()
     bound = action.shape[-1] ** 0.5 / (1 - worker.gamma) * reward_slope
     if args.gradient_penalty_form == "released":
         bound = bound / len(action)
@@ -1266,7 +1281,7 @@ def penalty_at(worker: TD3, dynamics: DynamicsEnsemble, obs, subgoal, action, ar
 
 
 def rollout_planning_loss(manager: TD3, worker: TD3, dynamics: DynamicsEnsemble, obs, goal, args: Args):
-    """-Q of the manager after one modelled step of the worker (GCMR). Gradient to the worker.
+    """-Q of the manager after one modelled step of the worker (GCMR), for the worker's actor.
 
     Each of the B observations meets several goals of the batch and several subgoals for each.
     """
@@ -1284,7 +1299,7 @@ def rollout_planning_loss(manager: TD3, worker: TD3, dynamics: DynamicsEnsemble,
 
 
 def planning_value_loss(manager: TD3, worker: TD3, dynamics: DynamicsEnsemble, obs, goal, subgoal, noise):
-    """rollout_planning_loss at given subgoals [B, D] and noise of the next one."""
+    """rollout_planning_loss at given subgoals [B, D], and noise for new_subgoal; apart, for the tests."""
     dims = subgoal.shape[-1]
     next_obs = dynamics.predict_next(obs, worker.actor(obs, subgoal))
     moved_subgoal = subgoal_transition(obs[:, :dims], subgoal, next_obs[:, :dims])
@@ -1299,7 +1314,7 @@ def planning_value_loss(manager: TD3, worker: TD3, dynamics: DynamicsEnsemble, o
 
 
 class UpdateCounts:
-    """Which terms are due at the worker's next critic update; the model's count from its first training."""
+    """Which terms are due at the worker's next critic update. The model's count from its first training."""
 
     def __init__(self):
         self.critic = self.critic_with_model = self.actor_with_model = 0
@@ -1358,7 +1373,10 @@ def update_worker(
     with_penalty: bool,
     with_planning: bool,
 ) -> dict:
-    """One update of the worker's critics; with_actor: its actor too."""
+    """One update of the worker's critics and their targets; with_actor: of its actor and that target, too.
+
+    In hiro.py all targets move with the actor.
+    """
     batch = redraw_subgoals(worker, buffer.sample(args.batch_size), args)
     td_target = worker.td_target(batch.reward, batch.terminated, batch.next_obs, batch.next_subgoal)
     critic_loss, q = worker.critic_loss(td_target, batch.obs, batch.subgoal, batch.action)
@@ -1395,7 +1413,7 @@ def update_manager(
     args: Args,
     with_planner: bool,
 ) -> dict:
-    """One update of the manager on relabeled segments: critics, plan, actor, targets."""
+    """One update of the manager on relabeled segments: critics, plan, actor, targets, all at each update."""
     batch = buffer.sample(args.batch_size)
     obs, next_obs = batch.obs_seq[:, 0], batch.obs_seq[:, -1]
     relabeled = relabel_subgoals(worker, dynamics, batch, manager.limit, args)
@@ -1421,12 +1439,12 @@ def update_manager(
         here = achieved[:rows]
         if with_planner:
             graph.refresh(worker, novelty, worker_buffer, subgoal.shape[-1], args)
-            target_landmark = plan_landmarks(worker, graph, obs[:rows], batch.goal[:rows], args)
+            pseudo_landmark = plan_landmarks(worker, graph, obs[:rows], batch.goal[:rows], args)
             weight = args.landmark_weight
-        else:  # as released, the landmark is where one is: pulls the subgoal to 0
-            target_landmark = here
+        else:  # as released, the landmark is where the robot is: pulls the subgoal to 0
+            pseudo_landmark = here
             weight = args.landmark_weight * args.landmark_weight_before_planner
-        to_landmark = landmark_loss(adjacency, here, subgoal[:rows], target_landmark, args)
+        to_landmark = landmark_loss(adjacency, here, subgoal[:rows], pseudo_landmark, args)
         losses["manager/landmark_loss"] = to_landmark
         actor_loss = actor_loss + weight * to_landmark
     manager.actor_step(actor_loss)
@@ -1892,7 +1910,7 @@ def main(args: Args):
         return
 
     worker_buffer, manager_buffer, segment = make_buffers(env, args, manager, worker, device)
-    adam = dict(fused=True)  # these are not recorded
+    adam = dict(fused=True)  # not capturable: these trainings are outside the CUDA graph
     dynamics_optimizer = torch.optim.Adam(dynamics.parameters(), args.dynamics_lr, **adam)
     adjacency_optimizer = torch.optim.Adam(adjacency.parameters(), args.adjacency_lr, **adam)
     novelty_optimizer = torch.optim.Adam(novelty.predictor.parameters(), args.novelty_lr, **adam)
@@ -1918,7 +1936,7 @@ def main(args: Args):
         if first_step > args.total_steps:
             fail(f"{args.resume} is at step {first_step - 1} already; raise --total-steps")
     run_dir = make_run_dir(args)  # after all refusals: its config.json still tells who wrote the checkpoint
-    learn_worker = cuda_graph(update_worker, args, device)  # the manager's planner is steered by the CPU
+    learn_worker = cuda_graph(update_worker, args, device)  # not update_manager: landmarks vary in number
     stop = []  # signals received
 
     def ask_to_stop(number, frame):
