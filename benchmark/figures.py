@@ -25,6 +25,7 @@ CURVES = {
     "curves_gather.png": (["cher/AntGather"], "eval/return"),
     "curves_gather_value.png": (COOPERATION, "manager/coop_value"),
     "curves_gather_worker.png": (COOPERATION, "worker/period_return"),
+    "curves_transfer.png": (["cher/AntMaze-ULarge/transfer"], "eval/success"),
     "curves_coop.png": (["cher/PointMaze-U/dynamic"], "manager/coop_ratio"),
     "curves_ant.png": (
         [
