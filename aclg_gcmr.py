@@ -1352,7 +1352,7 @@ def redraw_subgoals(worker: TD3, batch, args: Args):
     achieved, next_achieved = batch.obs[:, :dims], batch.next_obs[:, :dims]
     subgoal = (2 * torch.rand_like(batch.subgoal) - 1) * worker.half_range
     next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
-    # batch.reward is -own times what no subgoal changes: a reward scale, 1 / (1 - gamma) at a death
+    # batch.reward is -own times what no subgoal changes: 1 / (1 - gamma) at a death, a reward scale if any
     own = safe_norm(subgoal_transition(achieved, batch.subgoal, next_achieved))
     reward = batch.reward * safe_norm(next_subgoal) / own
     chosen = torch.rand_like(batch.reward) < args.redrawn_subgoals

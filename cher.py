@@ -21,8 +21,8 @@ change of `achieved`, the first entries of obs. Both levels learn from the same 
         worker's reward = -|achieved + subgoal - next_achieved|           intrinsic_reward
         next_subgoal = achieved + subgoal - next_achieved                 subgoal_transition: the same target
     at the end of a period or an episode:
-        store the segment; with --hindsight as if its end had been its subgoal, and with a chance of 0.3 also
-        as it was (one that ends by a death only as it was)
+        store the segment; with --hindsight as if its end had been its subgoal, and now and then
+        (--subgoal-testing-rate) also as it was; one that ends by a death only as it was
 
     python cher.py --coop-weight 0                            # HRL; in the end it says which delta to use
     python cher.py --coop-delta D                             # CHER with a learned weight, D as HRL said
@@ -807,7 +807,7 @@ def redraw_subgoals(worker: TD3, batch, args: Args):
     achieved, next_achieved = batch.obs[:, :dims], batch.next_obs[:, :dims]
     subgoal = (2 * torch.rand_like(batch.subgoal) - 1) * worker.half_range
     next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
-    # batch.reward is -own times what no subgoal changes: a reward scale, 1 / (1 - gamma) at a death
+    # batch.reward is -own times what no subgoal changes: 1 / (1 - gamma) at a death, a reward scale if any
     own = safe_norm(subgoal_transition(achieved, batch.subgoal, next_achieved))
     reward = batch.reward * safe_norm(next_subgoal) / own
     chosen = torch.rand_like(batch.reward) < args.redrawn_subgoals
