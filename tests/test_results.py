@@ -122,9 +122,9 @@ def test_one_command_redraws_all_figures(tmp_path):
 def test_published_agents_evaluate(agent, run, tmp_path):
     """They come without optimisers. Their success is not asserted: another CPU may round differently."""
     flags = ("--eval-only", "--checkpoint", agent, "--eval-episodes", 1, "--run-dir", tmp_path)
-    done = run(agent.stem, *flags)
-    assert "eval/success" in done.out and (tmp_path / "pictures" / "eval.png").exists()
     state = torch.load(agent, weights_only=True)
+    done = run(state["script"], *flags)
+    assert "eval/success" in done.out and (tmp_path / "pictures" / "eval.png").exists()
     assert not any(name.endswith("optimizer") for name in [*state["manager"], *state["worker"]])
 
 
