@@ -924,7 +924,7 @@ EXACT = "donot_use_mm_for_euclid_dist"  # the product form of cdist errs by a mi
 class Novelty(nn.Module):
     """Random network distillation, and the most novel states as landmarks (HIGL)."""
 
-    def __init__(self, obs_dim: int, dims: int):
+    def __init__(self, obs_dim: int, dims: int, args: Args):
         super().__init__()
         self.predictor, self.target = (
             nn.Sequential(
@@ -934,8 +934,9 @@ class Novelty(nn.Module):
         )
         self.target.requires_grad_(False)
         self.dims = dims
-        self.register_buffer("obs", torch.zeros(0, obs_dim))  # the landmarks, most novel first
-        self.register_buffer("score", torch.zeros(0))
+        count = args.novelty_landmarks
+        self.register_buffer("obs", torch.zeros(count, obs_dim))  # the landmarks, most novel first
+        self.register_buffer("score", torch.full((count,), -torch.inf))  # -inf: an empty place
 
     def novelty(self, obs):
         """1/2 |f(s) - f*(s)|^2 [B]"""
@@ -943,6 +944,10 @@ class Novelty(nn.Module):
 
     def loss(self, obs):
         return (self.predictor(obs) - self.target(obs)).square().mean()
+
+    def landmarks(self) -> np.ndarray:
+        """Those that there are, most novel first. numpy, [n, obs_dim]"""
+        return self.obs[self.score > -torch.inf].cpu().numpy()
 
     @torch.no_grad()
     def visit(self, obs, args: Args):
@@ -952,16 +957,13 @@ class Novelty(nn.Module):
     def update_queue(self, obs, score, args: Args):
         distance = torch.cdist(self.obs[:, : self.dims], obs[:, : self.dims], compute_mode=EXACT)
         # a place that was visited again is no longer novel, and stored scores are never refreshed: drop it
-        kept = ~(distance < args.novelty_radius).any(1)
+        kept = (self.score > -torch.inf) & ~(distance < args.novelty_radius).any(1)
         obs, score = torch.cat([self.obs[kept], obs]), torch.cat([self.score[kept], score])
         best = score.argsort(descending=True, stable=True)
-        best = best[first_occurrences(obs[best, : self.dims])][: args.novelty_landmarks]
-        self.obs, self.score = obs[best], score[best]
-
-    def _load_from_state_dict(self, state, prefix, *rest):
-        for name in ("obs", "score"):  # the queue's length changes, so it cannot be copied in place
-            setattr(self, name, state[prefix + name].to(self.obs.device, copy=True))
-        super()._load_from_state_dict(state, prefix, *rest)
+        best = best[first_occurrences(obs[best, : self.dims])][: len(self.obs)]
+        self.obs.zero_()
+        self.score.fill_(-torch.inf)
+        self.obs[: len(best)], self.score[: len(best)] = obs[best], score[best]
 
 
 def first_occurrences(rows):
@@ -972,12 +974,10 @@ def first_occurrences(rows):
     return first[first < len(rows)].sort().values
 
 
-def train_novelty(novelty: Novelty, optimizer, buffer: ReplayBuffer, args: Args, updates: int) -> dict:
+def update_novelty(novelty: Novelty, optimizer, buffer: ReplayBuffer, args: Args) -> dict:
     """The predictor learns to match the fixed network on replayed states: the familiar scores low."""
-    params = list(novelty.predictor.parameters())
-    for _ in range(updates):
-        loss = novelty.loss(buffer.sample(args.batch_size).obs)
-        adam_step(optimizer, params, loss)
+    loss = novelty.loss(buffer.sample(args.batch_size).obs)
+    adam_step(optimizer, list(novelty.predictor.parameters()), loss)
     return {"novelty/loss": loss.detach()}
 
 
@@ -1054,12 +1054,15 @@ def shift_towards(subgoal, best, half_range, args: Args):
 
 
 @torch.no_grad()
-def relabel_subgoals(worker: TD3, dynamics: DynamicsEnsemble, batch, half_range, args: Args):
-    """The subgoals with which to train the manager on old segments [B, D]; the replay stays as it is."""
+def relabel_subgoals(worker: TD3, dynamics: DynamicsEnsemble | None, batch, half_range, args: Args):
+    """The subgoals with which to train the manager on old segments [B, D]; the replay stays as it is.
+
+    dynamics None: scored on the recorded states, as in HIRO.
+    """
     dims = batch.subgoal.shape[-1]
     displacement = batch.obs_seq[:, -1, :dims] - batch.obs_seq[:, 0, :dims]
     candidates = make_candidates(batch.subgoal, displacement, half_range, args)
-    if relabels_by_model(args) and dynamics.trained_at:
+    if dynamics is not None:
         score = score_rollouts(worker, dynamics, candidates, batch, half_range, args)
     else:
         score = score_candidates(worker, candidates, batch)
@@ -1072,10 +1075,10 @@ def relabel_subgoals(worker: TD3, dynamics: DynamicsEnsemble, batch, half_range,
 
 
 def farthest_point_sample(points, count: int):
-    """Indices [count] of points spread out: the first, then always the one farthest from those chosen.
+    """Indices of points spread out: the first, then always the one farthest from those chosen.
 
-    points [N, D]; distance is the mean of squares over D. Points are left out once all others are nearer than
-    1e-3 (4.5 cm in x and y).
+    points [N, D] -> [count], and which of these to use [count], bool: none any more once all others are
+    nearer than 1e-3 (4.5 cm in x and y). Distance is the mean of squares over D.
     """
     chosen = [torch.zeros((), dtype=torch.long, device=points.device)]
     distance, spread = (points - points[0]).square().mean(-1), []
@@ -1085,7 +1088,7 @@ def farthest_point_sample(points, count: int):
         farthest = points.index_select(0, chosen[-1][None])  # [1, D], without asking a GPU for the index
         distance = torch.minimum(distance, (points - farthest).square().mean(-1))
     apart = torch.stack([torch.full_like(distance[0], torch.inf), *spread]) >= 1e-3
-    return torch.stack(chosen)[apart]
+    return torch.stack(chosen), apart
 
 
 # n landmarks, G goals (one per row of the batch). An edge from i to j is what the worker's Q says at i of the
@@ -1162,29 +1165,36 @@ def planner_precision(args: Args, obs):
     return torch.autocast(obs.device.type, torch.bfloat16, enabled=args.planner_bfloat16)
 
 
-class LandmarkGraph:
+class LandmarkGraph(nn.Module):
     """The landmarks and the edges between them: a third of a plan's work, so they can be kept for several."""
 
-    def __init__(self, device):
-        self.obs, self.edges = torch.zeros(0, 0, device=device), torch.zeros(0, 0, device=device)
+    def __init__(self, obs_dim: int, args: Args):
+        super().__init__()
+        n = min(args.coverage_landmarks, args.coverage_pool) + args.novelty_landmarks
+        self.register_buffer("obs", torch.zeros(n, obs_dim))
+        self.register_buffer("edges", torch.zeros(n, n))
+        self.register_buffer("present", torch.zeros(n, dtype=torch.bool))  # False: an empty place
         self.plans = 0  # made so far
 
-    @torch.no_grad()
-    def refresh(self, worker: TD3, novelty: Novelty, buffer: ReplayBuffer, dims: int, args: Args):
-        """Draw coverage landmarks, add the novel ones, and score the edges; when a new graph is due."""
-        if self.plans % args.planner_keeps_graph == 0:
-            pool = buffer.sample(args.coverage_pool).obs
-            coverage = pool[farthest_point_sample(pool[:, :dims], args.coverage_landmarks)]
-            self.obs = torch.cat([coverage, novelty.obs])  # [n, obs_dim]
-            with planner_precision(args, self.obs):
-                self.edges = edge_values(worker, self.obs, self.obs[:, :dims])  # [n, n]
+    def next_is_new(self, args: Args) -> bool:
+        """Count one plan more; is it the first with a new graph?"""
         self.plans += 1
+        return (self.plans - 1) % args.planner_keeps_graph == 0
 
-    def state_dict(self) -> dict:
-        return {"obs": self.obs, "edges": self.edges, "plans": self.plans}
+    @torch.no_grad()
+    def renew(self, worker: TD3, novelty: Novelty, buffer: ReplayBuffer, dims: int, args: Args):
+        """Draw coverage landmarks, add the novel ones, and score the edges."""
+        pool = buffer.sample(args.coverage_pool).obs
+        coverage, apart = farthest_point_sample(pool[:, :dims], args.coverage_landmarks)
+        self.obs.copy_(torch.cat([pool[coverage], novelty.obs]))
+        self.present.copy_(torch.cat([apart, novelty.score > -torch.inf]))
+        with planner_precision(args, self.obs):
+            self.edges.copy_(edge_values(worker, self.obs, self.obs[:, :dims]))
 
-    def load_state_dict(self, state: dict):
-        self.obs, self.edges = (state[name].to(self.obs.device) for name in ("obs", "edges"))
+    def get_extra_state(self):
+        return {"plans": self.plans}
+
+    def set_extra_state(self, state):
         self.plans = state["plans"]
 
 
@@ -1197,6 +1207,7 @@ def plan_landmarks(worker: TD3, graph: LandmarkGraph, obs, goal, args: Args):
         to_goals = edge_values(worker, graph.obs, goal)  # [n, B]
         to_landmarks = edge_values(worker, obs, landmarks).double()  # [B, n]
     edges = torch.cat([graph.edges, to_goals], 1)  # [n, n + B]
+    edges = edges.masked_fill(~graph.present[:, None], -1e12)  # no way leads on from an empty place
     edges = clip_edges(edges, args.edge_cutoff)
     exact = args.path_search == "exact"
     path_values = best_path_values(edges) if exact else soft_path_values(edges, args.path_heat)  # [n, B]
@@ -1411,12 +1422,14 @@ def update_manager(
     buffer: ReplayBuffer,
     worker_buffer: ReplayBuffer,
     args: Args,
+    with_model: bool,
     with_planner: bool,
+    with_new_graph: bool,
 ) -> dict:
     """One update of the manager on relabeled segments: critics, plan, actor, targets, all at each update."""
     batch = buffer.sample(args.batch_size)
     obs, next_obs = batch.obs_seq[:, 0], batch.obs_seq[:, -1]
-    relabeled = relabel_subgoals(worker, dynamics, batch, manager.limit, args)
+    relabeled = relabel_subgoals(worker, dynamics if with_model else None, batch, manager.limit, args)
     td_target = manager.td_target(batch.reward, batch.terminated, next_obs, batch.goal)
     critic_loss, q = manager.critic_loss(td_target, obs, batch.goal, relabeled)
     manager.critic_step(critic_loss)
@@ -1437,8 +1450,9 @@ def update_manager(
     if args.landmark_weight > 0:
         rows = args.planner_rows or args.batch_size
         here = achieved[:rows]
+        if with_new_graph:
+            graph.renew(worker, novelty, worker_buffer, subgoal.shape[-1], args)
         if with_planner:
-            graph.refresh(worker, novelty, worker_buffer, subgoal.shape[-1], args)
             pseudo_landmark = plan_landmarks(worker, graph, obs[:rows], batch.goal[:rows], args)
             weight = args.landmark_weight
         else:  # as released, the landmark is where the robot is: pulls the subgoal to 0
@@ -1893,7 +1907,7 @@ def main(args: Args):
     obs_dim = len(env.observation_space["observation"].low)
     dynamics = DynamicsEnsemble(obs_dim, len(worker.limit), args).to(device)
     adjacency = Adjacency(len(manager.limit), args).to(device)
-    novelty = Novelty(obs_dim, len(manager.limit)).to(device)
+    novelty = Novelty(obs_dim, len(manager.limit), args).to(device)
     agents = {"manager": manager, "worker": worker, "novelty": novelty}  # novelty: for the pictures
     eval_seed = 1_000_003 * (args.seed + 1)  # far from the seeds of training
     if args.capture_video:
@@ -1902,7 +1916,7 @@ def main(args: Args):
     if args.eval_only:
         load_parts(agents, load_checkpoint(args.checkpoint), args.checkpoint)
         folder = Path(args.run_dir or Path(args.checkpoint).parent)
-        recorder = Recorder(eval_env, folder, "eval", novelty.obs.cpu().numpy())
+        recorder = Recorder(eval_env, folder, "eval", novelty.landmarks())
         for name, value in evaluate(eval_env, manager, worker, args, eval_seed, recorder).items():
             print(f"{name:28s} {value:.4f}")
         recorder.save()
@@ -1910,14 +1924,15 @@ def main(args: Args):
         return
 
     worker_buffer, manager_buffer, segment = make_buffers(env, args, manager, worker, device)
-    adam = dict(fused=True)  # not capturable: these trainings are outside the CUDA graph
+    adam = dict(fused=True)  # not capturable: the first two trainings are not recorded as CUDA graphs
     dynamics_optimizer = torch.optim.Adam(dynamics.parameters(), args.dynamics_lr, **adam)
     adjacency_optimizer = torch.optim.Adam(adjacency.parameters(), args.adjacency_lr, **adam)
+    adam["capturable"] = device.type == "cuda"
     novelty_optimizer = torch.optim.Adam(novelty.predictor.parameters(), args.novelty_lr, **adam)
     needs_model = (
         args.gradient_penalty_weight > 0 or args.rollout_planning_weight > 0 or relabels_by_model(args)
     )
-    counts, graph = UpdateCounts(), LandmarkGraph(device)
+    counts, graph = UpdateCounts(), LandmarkGraph(obs_dim, args).to(device)
     parts = agents | {"worker_buffer": worker_buffer, "manager_buffer": manager_buffer, "segment": segment}
     parts |= {"dynamics": dynamics, "adjacency": adjacency, "counts": counts, "graph": graph}
     parts |= {"dynamics_optimizer": dynamics_optimizer, "adjacency_optimizer": adjacency_optimizer}
@@ -1933,10 +1948,13 @@ def main(args: Args):
     segment.start(loop.obs)
     if args.resume:
         first_step, loop = load_run(args.resume, parts, env, device, loop)
+        for group in novelty_optimizer.param_groups:
+            group["capturable"] = device.type == "cuda"  # the file may come from another device
         if first_step > args.total_steps:
             fail(f"{args.resume} is at step {first_step - 1} already; raise --total-steps")
     run_dir = make_run_dir(args)  # after all refusals: its config.json still tells who wrote the checkpoint
-    learn_worker = cuda_graph(update_worker, args, device)  # not update_manager: landmarks vary in number
+    learn_worker, learn_manager = (cuda_graph(f, args, device) for f in (update_worker, update_manager))
+    learn_novelty = cuda_graph(update_novelty, args, device)
     stop = []  # signals received
 
     def ask_to_stop(number, frame):
@@ -1969,8 +1987,11 @@ def main(args: Args):
                 )
             if updates > 0 and updates % period == 0:
                 modules = (manager, worker, dynamics, adjacency, novelty, graph)
-                with_planner = step >= args.planner_starts
-                loop.losses |= update_manager(*modules, manager_buffer, worker_buffer, args, with_planner)
+                with_model = relabels_by_model(args) and dynamics.trained_at > 0
+                with_planner = args.landmark_weight > 0 and step >= args.planner_starts
+                due = {"with_model": with_model, "with_planner": with_planner}
+                due["with_new_graph"] = with_planner and graph.next_is_new(args)
+                loop.losses |= learn_manager(*modules, manager_buffer, worker_buffer, args, **due)
 
         # ---- step the environment
         observation, reward, terminated, truncated, info = env.step(action)
@@ -2025,9 +2046,8 @@ def main(args: Args):
                 states = torch.cat([episode.obs, episode.next_obs[-1:]])  # [T + 1, obs_dim]
                 if args.landmark_weight > 0:
                     novelty.visit(states, args)
-                    loop.losses |= train_novelty(
-                        novelty, novelty_optimizer, worker_buffer, args, len(states) - 1
-                    )
+                    for _ in range(loop.episode_steps):
+                        loop.losses |= learn_novelty(novelty, novelty_optimizer, worker_buffer, args)
                 if uses_adjacency(args):
                     adjacency.add_trajectory(states[:, :dims].cpu().numpy())
                     if adjacency.positions >= args.adjacency_every:
@@ -2049,7 +2069,7 @@ def main(args: Args):
         if step % args.eval_every == 0 or step == args.total_steps:
             row = {"step": step, "time": round(time.time() - begin, 1)}
             row["steps_per_second"] = round((step - last_step) / (time.time() - last_time), 1)
-            recorder = Recorder(eval_env, run_dir, f"step_{step:09d}", novelty.obs.cpu().numpy())
+            recorder = Recorder(eval_env, run_dir, f"step_{step:09d}", novelty.landmarks())
             row |= evaluate(eval_env, manager, worker, args, eval_seed + step, recorder)
             recorder.save(writer, step)
             row |= period_metrics("worker", loop.periods, args.reached_radius)

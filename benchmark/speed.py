@@ -199,7 +199,7 @@ def gcmr_parts(script, settings, manager, worker, worker_buffer, manager_buffer,
     """A part whose weight is 0 is left out, as in the script."""
     obs_dim, dims, period = worker_buffer.shapes["obs"][0], len(manager.limit), settings.manager_period
     dynamics = script.DynamicsEnsemble(obs_dim, len(worker.limit), settings)
-    adjacency, novelty = script.Adjacency(dims, settings), script.Novelty(obs_dim, dims)
+    adjacency, novelty = script.Adjacency(dims, settings), script.Novelty(obs_dim, dims, settings)
     novelty.visit(worker_buffer.latest(500).obs, settings)
     dynamics_adam = torch.optim.Adam(dynamics.parameters(), settings.dynamics_lr, fused=True)
     novelty_adam = torch.optim.Adam(novelty.predictor.parameters(), settings.novelty_lr, fused=True)
@@ -226,20 +226,28 @@ def gcmr_parts(script, settings, manager, worker, worker_buffer, manager_buffer,
         planning = update_worker(with_actor=True, with_planning=True) - actor
         parts["one-step planning"] = planning * actors / settings.rollout_planning_every
     batch = manager_buffer.sample(settings.batch_size)
-    query = (worker, dynamics, batch, manager.limit, settings)
+    with_model = script.relabels_by_model(settings)
+    query = (worker, dynamics if with_model else None, batch, manager.limit, settings)
     relabel = cost(lambda: script.relabel_subgoals(*query), n)
-    graph = script.LandmarkGraph(worker.limit.device)
+    graph, keeps = script.LandmarkGraph(obs_dim, settings), settings.planner_keeps_graph
     modules = (manager, worker, dynamics, adjacency, novelty, graph, manager_buffer, worker_buffer, settings)
-    update = cost(lambda: script.update_manager(*modules, with_planner=False), n)
+
+    def update_manager(with_planner, with_new_graph):
+        due = {"with_planner": with_planner, "with_new_graph": with_new_graph}
+        repeats = max(3, n // 4) if with_planner else n
+        return cost(lambda: script.update_manager(*modules, with_model=with_model, **due), repeats)
+
+    update = update_manager(False, False)
     parts |= {"relabeling": relabel / period, "manager critics and actor": (update - relabel) / period}
-    if penalty_on or planning_on or script.relabels_by_model(settings):
+    if penalty_on or planning_on or with_model:
         training = fixed_plus_slope(train_model, 2, 2 + 2 * n, settings.dynamics_updates)
         parts["dynamics model"] = training / settings.dynamics_every
     if settings.landmark_weight > 0:
-        planned = cost(lambda: script.update_manager(*modules, with_planner=True), max(3, n // 4))
-        distillation = (novelty, novelty_adam, worker_buffer, settings, 10)
-        parts["landmark planner"] = (planned - update) / period
-        parts["novelty"] = cost(lambda: script.train_novelty(*distillation), n) / 10
+        new, kept = update_manager(True, True), update_manager(True, False)
+        parts["landmark planner"] = ((new + (keeps - 1) * kept) / keeps - update) / period
+        parts["novelty"] = cost(
+            lambda: script.update_novelty(novelty, novelty_adam, worker_buffer, settings), n
+        )
     return parts
 
 

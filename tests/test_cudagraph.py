@@ -1,5 +1,7 @@
 """The updates as CUDA graphs: what can be shown without a GPU, and the comparison with one (marked cuda)."""
 
+import contextlib
+import gc
 import itertools
 import json
 from types import SimpleNamespace
@@ -28,6 +30,7 @@ CASES = [
     ("aclg_gcmr", {}),
     ("aclg_gcmr", {"gradient_penalty_form": "released"}),
     ("aclg_gcmr", {"redrawn_subgoals": 0.8, "rest_value": True}),
+    ("aclg_gcmr", {"path_search": "soft", "landmark_space": "adjacency", "model_relabeling": False}),
 ]
 FLAGS = list(itertools.product([False, True], repeat=3))
 
@@ -39,9 +42,13 @@ class Learner:
         module = MODULES[name]
         torch.manual_seed(0)
         size = dict(hidden=16, batch_size=8, subgoal_space="xy", output_init=0.0)
+        size |= {"coverage_landmarks": 6, "novelty_landmarks": 20} if name == "aclg_gcmr" else {}
         args, env = module.Args(**size | settings), ToyEnv()
+        self.args = args
         manager, worker = module.make_agents(env, args, device)
         *self.buffers, _ = module.make_buffers(env, args, manager, worker, device)
+        for buffer in self.buffers:
+            buffer.rows.zero_()  # compared below, and most of them never written
         self.rng, self.device, self.agents = np.random.default_rng(0), device, [manager, worker]
         self.dynamics = None
         graph = lambda function: module.cuda_graph(function, args, device)  # noqa: E731
@@ -67,10 +74,22 @@ class Learner:
         else:
             obs_dim = env.observation_space["observation"].shape[0]
             self.dynamics = aclg_gcmr.DynamicsEnsemble(obs_dim, 2, args).to(device)
+            adjacency = aclg_gcmr.Adjacency(2, args).to(device)
+            self.novelty = aclg_gcmr.Novelty(obs_dim, 2, args).to(device)
+            landmarks = aclg_gcmr.LandmarkGraph(obs_dim, args).to(device)
+            adam = dict(fused=True, capturable=device.type == "cuda")
+            optimizer = torch.optim.Adam(self.novelty.predictor.parameters(), args.novelty_lr, **adam)
+            learn_novelty, learn_manager = graph(module.update_novelty), graph(module.update_manager)
+            self.agents.append(SimpleNamespace(a=self.novelty, b=landmarks, c=optimizer))
+            parts = (manager, worker, self.dynamics, adjacency, self.novelty, landmarks)
+            rows, segments = self.buffers
 
             def learn(actor, weight, planning):
                 due = dict(with_actor=actor, with_penalty=weight, with_planning=planning and actor)
-                return learn_worker(worker, manager, self.dynamics, *self.buffers, args, **due)
+                losses = dict(learn_worker(worker, manager, self.dynamics, rows, segments, args, **due))
+                due = dict(with_model=actor, with_planner=weight, with_new_graph=weight and planning)
+                losses |= learn_manager(*parts, segments, rows, args, **due)
+                return losses | learn_novelty(self.novelty, optimizer, rows, args)
 
         self.learn = learn
 
@@ -86,6 +105,7 @@ class Learner:
             obs, change, action = (x.float().to(self.device) for x in (obs, change, action))
             self.dynamics.fit_statistics(obs, action, change)
             self.dynamics.widen_box(10 * obs)
+            self.novelty.visit(10 * obs, self.args)
 
     def tensors(self):
         """What must stay where it is."""
@@ -142,6 +162,8 @@ def test_updates_need_no_cpu(name, settings, monkeypatch):
     monkeypatch.setattr(
         MODULES[name], "adam_step", lambda optimizer, params, loss: torch.autograd.grad(loss, params)
     )
+    no_autocast = lambda *inputs: contextlib.nullcontext()  # noqa: E731 META has none
+    monkeypatch.setattr(aclg_gcmr, "planner_precision", no_autocast)
     learner = Learner(name, META, **settings)
     for buffer in learner.buffers:
         buffer.added = 40
@@ -175,6 +197,7 @@ def test_recorded_equals_eager(name, settings, monkeypatch):
     """Ten rounds over all flags, most of them replays, on the same data and random numbers."""
     results, replays, replay = [], [], torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
+    gc.collect()
     for cudagraph in (False, True):
         assert not replays
         learner, losses = Learner(name, torch.device("cuda"), cudagraph=cudagraph, **settings), []
@@ -184,6 +207,7 @@ def test_recorded_equals_eager(name, settings, monkeypatch):
             losses += [{k: v.clone() for k, v in learner.learn(*flags).items()} for flags in FLAGS]
         results.append(([t.detach().clone() for t in learner.tensors()], tree_leaves(losses)))
     assert len(replays) > 10
+    gc.collect()  # not while the next case records: a dying graph would spoil that
     (eager, eager_losses), (recorded, recorded_losses) = results
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(eager, recorded, strict=True))
     pairs = zip(eager_losses, recorded_losses, strict=True)

@@ -25,12 +25,19 @@ def make_worker(obs_dim=6, dims=2, limit=(3.0, 1.0, 2.0), mask=True, seed=0):
 # ---------------------------------------------------------------------------------------------- coverage: G5
 
 
+def farthest(points, count):
+    """Those to use; what is asked for has always the same shape."""
+    index, apart = gcmr.farthest_point_sample(points, count)
+    assert index.shape == apart.shape == (count,)
+    return index[apart].tolist()
+
+
 def test_farthest_points_g5():
     points = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0], [4.0, 0.0], [4.0, 4.0], [1.0, 1.0]])
-    assert gcmr.farthest_point_sample(points, 6).tolist() == [0, 4, 3, 2, 5, 1]
-    assert gcmr.farthest_point_sample(points, 3).tolist() == [0, 4, 3]
+    assert farthest(points, 6) == [0, 4, 3, 2, 5, 1]
+    assert farthest(points, 3) == [0, 4, 3]
     close = torch.tensor([[0.0, 0.0], [0.0, 0.0], [2.0, 0.0], [0.03, 0.0]])
-    assert gcmr.farthest_point_sample(close, 4).tolist() == [0, 2]
+    assert farthest(close, 4) == [0, 2]
 
 
 def test_farthest_points_equal_a_loop():
@@ -39,29 +46,38 @@ def test_farthest_points_equal_a_loop():
     while len(chosen) < 40:
         nearest = [min(np.mean((p - points[c]) ** 2) for c in chosen) for p in points]
         chosen.append(int(np.argmax(nearest)))
-    assert gcmr.farthest_point_sample(torch.tensor(points), 40).tolist() == chosen
+    assert farthest(torch.tensor(points), 40) == chosen
 
 
 def test_farthest_points_of_one_place():
-    assert gcmr.farthest_point_sample(torch.ones(50, 2), 10).tolist() == [0]
+    assert farthest(torch.ones(50, 2), 10) == [0]
 
 
 # --------------------------------------------------------------------------------------- novelty queue: G16
 
 
-def make_novelty(obs_dim=2, seed=0):
+def make_novelty(obs_dim=2, seed=0, **settings):
     torch.manual_seed(seed)
-    return gcmr.Novelty(obs_dim, 2)
+    return gcmr.Novelty(obs_dim, 2, make_args(**settings))
+
+
+def queue_of(novelty):
+    """Observations and scores, without the empty places."""
+    used = novelty.score > -torch.inf
+    assert (novelty.obs[~used] == 0).all() and used.tolist() == sorted(used.tolist(), reverse=True)
+    assert np.array_equal(novelty.landmarks(), novelty.obs[used].numpy())
+    return novelty.obs[used], novelty.score[used]
 
 
 def test_queue_g16():
-    novelty, args = make_novelty(), make_args(novelty_landmarks=3)
+    novelty, args = make_novelty(novelty_landmarks=3), make_args()
 
     def visit(*states):
         novelty.update_queue(
             torch.tensor([s[:2] for s in states]), torch.tensor([s[2] for s in states]), args
         )
-        return [(round(x, 4), round(y, 4)) for x, y in novelty.obs.tolist()], novelty.score.tolist()
+        obs, score = queue_of(novelty)
+        return [(round(x, 4), round(y, 4)) for x, y in obs.tolist()], score.tolist()
 
     places, scores = visit((0.0, 0, 0.1), (1.0, 0, 0.5), (1.05, 0, 0.6), (3.0, 0, 0.9), (3.0, 0, 0.9))
     assert places == [(3, 0), (1.05, 0), (1, 0)] and scores == pytest.approx([0.9, 0.6, 0.5])
@@ -73,7 +89,7 @@ def test_queue_g16():
 
 def test_queue_equals_a_loop_over_many_episodes():
     """And it never holds an old entry within the radius of a position of the last episode."""
-    novelty, args = make_novelty(5), make_args(novelty_landmarks=25)
+    novelty, args = make_novelty(5, novelty_landmarks=25), make_args()
     rng, queue = np.random.default_rng(0), []
     for _ in range(12):
         walk = np.cumsum(rng.normal(0, 0.25, (61, 2)), 0) + rng.uniform(0, 4, 2)
@@ -104,18 +120,29 @@ def test_radius_is_exact_far_from_the_origin():
 def test_radius_is_strict_and_only_new_visits_remove():
     novelty, args = make_novelty(), make_args(novelty_radius=0.25)
     novelty.update_queue(torch.tensor([[0.0, 0.0], [0.01, 0.0], [5.0, 0.0]]), torch.ones(3), args)
-    assert len(novelty.obs) == 3  # neighbours of one episode stay
+    assert len(queue_of(novelty)[0]) == 3  # neighbours of one episode stay
     novelty.update_queue(torch.tensor([[5.25, 0.0], [0.0, 0.25]]), torch.zeros(2), args)
-    assert len(novelty.obs) == 5  # exactly 0.25 away
+    assert len(queue_of(novelty)[0]) == 5  # exactly 0.25 away
     novelty.update_queue(torch.tensor([[5.125, 0.125]]), torch.zeros(1), args)
-    assert [5.0, 0.0] not in novelty.obs.tolist() and len(novelty.obs) == 4
+    obs = queue_of(novelty)[0].tolist()
+    assert [5.0, 0.0] not in obs and len(obs) == 4
+
+
+def test_an_empty_place_is_no_old_landmark():
+    """They lie at the origin: a visit there must find none to drop, and one elsewhere none to keep."""
+    for here in (0.0, 3.0):
+        novelty = make_novelty(novelty_landmarks=5)
+        novelty.update_queue(torch.tensor([[1.0, 1.0]]), torch.ones(1), make_args())
+        novelty.update_queue(torch.tensor([[here, here]]), torch.tensor([2.0]), make_args())
+        obs, score = queue_of(novelty)
+        assert obs.tolist() == [[here, here], [1, 1]] and score.tolist() == [2, 1]
 
 
 def test_queue_keeps_the_higher_score_of_a_repeated_place():
     novelty = make_novelty(3)
     obs = torch.tensor([[1.0, 1.0, 7.0], [2.0, 2.0, 0.0], [1.0, 1.0, 8.0]])
     novelty.update_queue(obs, torch.tensor([0.1, 0.2, 0.3]), make_args())
-    assert novelty.obs.tolist() == [[1, 1, 8], [2, 2, 0]]
+    assert queue_of(novelty)[0].tolist() == [[1, 1, 8], [2, 2, 0]]
 
 
 def test_first_occurrences():
@@ -137,7 +164,7 @@ def test_novelty_score_and_loss_g16():
 
 
 def test_size_of_novelty_networks():
-    novelty = gcmr.Novelty(30, 2)
+    novelty = make_novelty(30)
     for net in (novelty.predictor, novelty.target):
         assert sum(p.numel() for p in net.parameters()) == 36_992
 
@@ -161,14 +188,15 @@ def test_training_makes_the_familiar_dull():
     target = [p.clone() for p in novelty.target.parameters()]
     optimizer = torch.optim.Adam(novelty.predictor.parameters(), 1e-3)
     before = novelty.novelty(familiar).mean().item()
-    gcmr.train_novelty(novelty, optimizer, buffer, args, 150)
+    for _ in range(150):
+        gcmr.update_novelty(novelty, optimizer, buffer, args)
     after = novelty.novelty(familiar).mean().item()
     assert after < 0.2 * before and after < 0.1 * novelty.novelty(strange).mean().item()
     assert all(torch.equal(a, b) for a, b in zip(target, novelty.target.parameters()))
 
 
 def test_visit_scores_with_the_present_predictor():
-    novelty, args = make_novelty(4), make_args(novelty_landmarks=7)
+    novelty, args = make_novelty(4, novelty_landmarks=7), make_args()
     obs = torch.randn(30, 4) * 3
     novelty.visit(obs, args)
     with torch.no_grad():
@@ -180,10 +208,10 @@ def test_visit_scores_with_the_present_predictor():
 
 
 def test_novelty_round_trip(tmp_path):
-    first, args = make_novelty(4), make_args(novelty_landmarks=7)
+    first, args = make_novelty(4, novelty_landmarks=7), make_args()
     first.visit(torch.randn(30, 4), args)
     torch.save(first.state_dict(), tmp_path / "novelty.pt")
-    second = make_novelty(4, seed=1)
+    second = make_novelty(4, seed=1, novelty_landmarks=7)
     second.visit(torch.randn(3, 4), args)  # another number of entries
     second.load_state_dict(torch.load(tmp_path / "novelty.pt", weights_only=True))
     obs = torch.randn(20, 4)
@@ -191,17 +219,6 @@ def test_novelty_round_trip(tmp_path):
     for novelty in (first, second):
         novelty.visit(obs, args)
     assert torch.equal(first.obs, second.obs) and torch.equal(first.score, second.score)
-
-
-@pytest.mark.filterwarnings("ignore:for .*meta parameter")
-def test_a_loaded_queue_stays_on_the_module_s_device():
-    """Checkpoints are read to the CPU; on a GPU the queue must follow the networks (meta stands in)."""
-    saved = make_novelty(4)
-    saved.visit(torch.randn(30, 4), make_args())
-    fresh = make_novelty(4).to("meta")
-    fresh.load_state_dict(saved.state_dict())
-    assert fresh.obs.device.type == fresh.score.device.type == "meta"
-    assert fresh.obs.shape == saved.obs.shape
 
 
 # -------------------------------------------------------------------------------------------------- edges
@@ -560,28 +577,36 @@ def loop_planner(landmarks, query, goals, args):
 
 def plan(worker, novelty, buffer, obs, goal, args):
     """With a graph made for this plan."""
-    graph = gcmr.LandmarkGraph("cpu")
-    graph.refresh(worker, novelty, buffer, goal.shape[-1], args)
+    args.novelty_landmarks = len(novelty.obs)
+    graph = gcmr.LandmarkGraph(obs.shape[-1], args)
+    graph.renew(worker, novelty, buffer, goal.shape[-1], args)
     return gcmr.plan_landmarks(worker, graph, obs, goal, args)
 
 
+def novel(obs):
+    """A queue of these landmarks."""
+    return SimpleNamespace(obs=obs, score=torch.ones(len(obs)))
+
+
 @pytest.mark.parametrize("search", ["exact", "soft"])
-def test_plan_equals_a_loop(search):
+@pytest.mark.parametrize("empty", [0, 3])
+def test_plan_equals_a_loop(search, empty):
+    """Empty places of the queue lie in the best spot there is, and must not be used."""
     rng = np.random.default_rng(0)
     args = make_args(coverage_landmarks=9, coverage_pool=60, path_search=search, path_heat=200.0)
     pool = torch.tensor(rng.uniform(0, 8, (60, 5)), dtype=torch.float32)
     asked = []
     buffer = SimpleNamespace(sample=lambda count: asked.append(count) or SimpleNamespace(obs=pool))
-    novelty = SimpleNamespace(obs=torch.tensor(rng.uniform(0, 8, (4, 5)), dtype=torch.float32))
+    found = torch.tensor(rng.uniform(0, 8, (4, 5)), dtype=torch.float32)
     obs = torch.tensor(rng.uniform(0, 8, (20, 5)), dtype=torch.float32)
     goal = torch.tensor(rng.uniform(0, 8, (20, 2)), dtype=torch.float32)
+    novelty = novel(torch.cat([found, torch.cat([goal[:empty], torch.zeros(empty, 3)], 1)]))
+    novelty.score[4:] = -torch.inf
     goal[3] = obs[3, :2] + 0.5  # near: gone to directly
     planned = plan(wall_worker(), novelty, buffer, obs, goal, args)
     assert asked == [60] and not planned.requires_grad
-    coverage = pool[gcmr.farthest_point_sample(pool[:, :2], 9), :2].tolist()
-    expected, edges = loop_planner(
-        coverage + novelty.obs[:, :2].tolist(), obs[:, :2].tolist(), goal.tolist(), args
-    )
+    coverage = pool[farthest(pool[:, :2], 9), :2].tolist()
+    expected, edges = loop_planner(coverage + found[:, :2].tolist(), obs[:, :2].tolist(), goal.tolist(), args)
     assert np.sum(np.array(edges) < -1e5) > 10  # the wall cut edges
     np.testing.assert_allclose(planned, expected, atol=1e-3)
     away = (planned - obs[:, :2]).norm(dim=1)
@@ -596,9 +621,9 @@ def test_plan_goes_round_the_wall():
     buffer = SimpleNamespace(
         sample=lambda count: SimpleNamespace(obs=torch.cat([spots, torch.zeros(7, 3)], 1))
     )
-    novelty = SimpleNamespace(obs=torch.zeros(0, 5))  # before the first episode's end
+    novelty = novel(torch.zeros(0, 5))  # before the first episode's end
     goal = torch.tensor([[1.5, 7.0]])
-    planned = plan(wall_worker(), novelty, buffer, obs, goal, make_args())
+    planned = plan(wall_worker(), novelty, buffer, obs, goal, make_args(coverage_pool=7))
     step = planned - obs[:, :2]
     assert step[0, 0] > 1.5  # to the right, although the goal is straight above
 
@@ -609,16 +634,16 @@ def test_a_first_edge_that_is_too_long_is_cut():
     buffer = SimpleNamespace(
         sample=lambda count: SimpleNamespace(obs=torch.cat([spots, torch.zeros(2, 3)], 1))
     )
-    novelty = SimpleNamespace(obs=torch.zeros(0, 5))
+    novelty = novel(torch.zeros(0, 5))
     obs, goal = torch.zeros(1, 5), torch.tensor([[12.0, 0.0]])
-    planned = plan(wall_worker(), novelty, buffer, obs, goal, make_args())
+    planned = plan(wall_worker(), novelty, buffer, obs, goal, make_args(coverage_pool=2))
     torch.testing.assert_close(planned, torch.tensor([[6.0, 3.0]]) * 2 / 45**0.5)
-    planned = plan(wall_worker(), novelty, buffer, obs, goal, make_args(edge_cutoff=-41.0))
+    planned = plan(wall_worker(), novelty, buffer, obs, goal, make_args(coverage_pool=2, edge_cutoff=-41.0))
     torch.testing.assert_close(planned, torch.tensor([[2.0, 0.0]]))
 
 
 def test_plan_with_networks_and_without_gradient():
-    worker, novelty = make_worker(), gcmr.Novelty(6, 2)
+    worker, novelty = make_worker(), make_novelty(6)
     novelty.visit(torch.randn(50, 6) * 3, make_args())
     buffer = gcmr.ReplayBuffer(100, "cpu", obs=(6,))
     for row in np.random.default_rng(0).normal(size=(100, 6)):
@@ -636,7 +661,7 @@ def test_plan_with_networks_and_without_gradient():
 
 def test_plan_in_bfloat16_chooses_alike():
     """A worker whose values are distances: the choice of nearly all queries survives the lower precision."""
-    worker, novelty = make_worker(), gcmr.Novelty(6, 2)
+    worker, novelty = make_worker(), make_novelty(6)
     buffer = gcmr.ReplayBuffer(200, "cpu", obs=(6,))
     for row in np.random.default_rng(1).normal(size=(200, 6)):
         buffer.add(obs=5 * row)
@@ -655,21 +680,18 @@ def test_plan_in_bfloat16_chooses_alike():
 
 def test_a_graph_is_kept_for_some_plans():
     """Three plans with the same landmarks, then new ones; a copy from a checkpoint goes on alike."""
-    novelty = SimpleNamespace(obs=torch.tensor([[7.0, 7.0, 0, 0, 0]]))
+    novelty = novel(torch.tensor([[7.0, 7.0, 0, 0, 0]]))
     buffer = SimpleNamespace(sample=lambda count: SimpleNamespace(obs=8 * torch.rand(count, 5)))
-    args = make_args(coverage_landmarks=6, coverage_pool=30, planner_keeps_graph=3)
-    graph, seen = gcmr.LandmarkGraph("cpu"), []
-    for _ in range(7):
-        graph.refresh(wall_worker(), novelty, buffer, 2, args)
-        seen.append(graph.obs)
-        assert graph.edges.shape == (7, 7) and torch.equal(graph.obs[-1], novelty.obs[0])
-    assert [torch.equal(a, b) for a, b in zip(seen, seen[1:])] == [True, True, False, True, True, False]
-    copy = gcmr.LandmarkGraph("cpu")
+    settings = dict(coverage_landmarks=6, coverage_pool=30, novelty_landmarks=1)
+    args = make_args(planner_keeps_graph=3, **settings)
+    graph = gcmr.LandmarkGraph(5, args)
+    assert [graph.next_is_new(args) for _ in range(7)] == [True, False, False, True, False, False, True]
+    graph.renew(wall_worker(), novelty, buffer, 2, args)
+    assert graph.edges.shape == (7, 7) and torch.equal(graph.obs[-1], novelty.obs[0])
+    copy = gcmr.LandmarkGraph(5, args)
     copy.load_state_dict(graph.state_dict())
-    for each in (graph, copy):
-        torch.manual_seed(0)
-        each.refresh(wall_worker(), novelty, buffer, 2, args)
-    assert torch.equal(graph.obs, copy.obs) and torch.equal(graph.obs, seen[-1])
+    assert [copy.next_is_new(args) for _ in range(3)] == [False, False, True]
+    assert torch.equal(graph.obs, copy.obs) and torch.equal(graph.edges, copy.edges) and copy.present.all()
     for i, a in enumerate(graph.obs[:, :2]):
         for j, b in enumerate(graph.obs[:, :2]):
             assert graph.edges[i, j].item() == pytest.approx(

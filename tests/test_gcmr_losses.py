@@ -520,7 +520,7 @@ def test_plain_manager_update_is_hiro_s(monkeypatch):
         for _ in range(6):
             if module is gcmr:
                 parts = (manager, None, None, None, None, None)
-                gcmr.update_manager(*parts, segments, rows, args, False)
+                gcmr.update_manager(*parts, segments, rows, args, False, False, False)
             else:
                 hiro.update_manager(manager, None, segments, args, True)
         ends.append(values(manager))
@@ -667,23 +667,24 @@ def test_penalty_enters_the_critic_s_loss_with_its_weight(monkeypatch):
 
 
 def one_manager_update(
-    with_planner=False, adjacency="default", novelty="default", target_nan=False, **settings
+    with_planner=False, adjacency="default", novelty="default", with_new_graph=None, **settings
 ):
     worker, manager, dynamics = make_worker(), make_manager(), make_dynamics()
     args = make_args(coverage_pool=40, coverage_landmarks=8, **settings)
+    with_new_graph = with_planner if with_new_graph is None else with_new_graph
     torch.manual_seed(4)
     if adjacency == "default":
         adjacency = gcmr.Adjacency(2, args)
     if novelty == "default":
-        novelty = gcmr.Novelty(6, 2)
+        novelty = gcmr.Novelty(6, 2, args)
         novelty.visit(torch.randn(20, 6), args)
     worker_buffer, manager_buffer = make_buffers()
     others = [part for part in (worker, dynamics, adjacency, novelty) if part is not None]
     before = values(*others) + [worker_buffer.rows.clone(), manager_buffer.rows.clone()]
     torch.manual_seed(9)
     losses = gcmr.update_manager(
-        manager, worker, dynamics, adjacency, novelty, gcmr.LandmarkGraph("cpu"),
-        manager_buffer, worker_buffer, args, with_planner,
+        manager, worker, dynamics, adjacency, novelty, gcmr.LandmarkGraph(6, args),
+        manager_buffer, worker_buffer, args, True, with_planner, with_new_graph,
     )  # fmt: skip
     assert same(before, values(*others) + [worker_buffer.rows, manager_buffer.rows])
     return manager, losses

@@ -39,7 +39,7 @@ def recorded_model(obs_seq, count):
         calls.append(len(obs))
         return obs_seq[:, len(calls)].repeat_interleave(count, 0)
 
-    return SimpleNamespace(predict_next=predict_next, trained_at=1)
+    return SimpleNamespace(predict_next=predict_next)
 
 
 # --------------------------------------------------------------------------------------------- stored pairs
@@ -408,7 +408,7 @@ def follower():
 @pytest.mark.parametrize("with_model", [False, True])
 def test_the_subgoal_that_was_followed_stays(with_model):
     batch = relabel_batch(torch.tensor([[3.0, -2.0], [0.5, 6.0], [-8.0, 1.0]]))
-    dynamics = recorded_model(batch.obs_seq, 12) if with_model else SimpleNamespace(trained_at=0)
+    dynamics = recorded_model(batch.obs_seq, 12) if with_model else None
     relabeled = gcmr.relabel_subgoals(follower(), dynamics, batch, HALF_RANGE, make_args())
     assert torch.equal(relabeled, batch.subgoal)
 
@@ -419,8 +419,8 @@ def test_relabeling_finds_the_displacement_and_leaves_the_replay_alone():
     left = moved[:, None] + batch.obs_seq[:, :1] - batch.obs_seq[:, :-1]
     batch.action_seq = left / 20  # what the displacement explains exactly
     before = batch.subgoal.clone(), batch.obs_seq.clone()
-    args = make_args(relabel_shift=0.0, model_relabeling=False)
-    relabeled = gcmr.relabel_subgoals(follower(), SimpleNamespace(trained_at=1), batch, HALF_RANGE, args)
+    args = make_args(relabel_shift=0.0)
+    relabeled = gcmr.relabel_subgoals(follower(), None, batch, HALF_RANGE, args)
     torch.testing.assert_close(relabeled, moved)
     assert torch.equal(batch.subgoal, before[0]) and torch.equal(batch.obs_seq, before[1])
 
@@ -428,37 +428,26 @@ def test_relabeling_finds_the_displacement_and_leaves_the_replay_alone():
 def test_the_first_candidate_wins_ties():
     batch = relabel_batch(torch.tensor([[3.0, -2.0], [0.5, 6.0], [-8.0, 1.0]]))
     worker = SimpleNamespace(actor=lambda obs, subgoal: torch.zeros_like(subgoal), limit=torch.ones(2))
-    args = make_args(model_relabeling=False)
-    relabeled = gcmr.relabel_subgoals(worker, SimpleNamespace(trained_at=0), batch, HALF_RANGE, args)
+    relabeled = gcmr.relabel_subgoals(worker, None, batch, HALF_RANGE, make_args())
     assert torch.equal(relabeled, batch.subgoal)
 
 
-@pytest.mark.parametrize(
-    "trained_at, settings, uses_model",
-    [
-        (20_000, {}, True),
-        (0, {}, False),
-        (20_000, {"model_relabeling": False}, False),
-        (20_000, {"rollout_weight": 1.0}, False),
-        (20_000, {"rollout_weight": 0.0}, False),
-    ],
-)
-def test_when_the_model_scores(monkeypatch, trained_at, settings, uses_model):
+@pytest.mark.parametrize("uses_model", [True, False])
+def test_when_the_model_scores(monkeypatch, uses_model):
     batch = relabel_batch(torch.ones(3, 2))
     called = []
     plain, rolled = torch.zeros(3, 12), torch.zeros(3, 12)
     plain[:, 1], rolled[:, 2] = 1, 1
     monkeypatch.setattr(gcmr, "score_candidates", lambda *_: called.append("plain") or plain)
     monkeypatch.setattr(gcmr, "score_rollouts", lambda *_: called.append("model") or rolled)
-    dynamics = SimpleNamespace(trained_at=trained_at)
-    gcmr.relabel_subgoals(follower(), dynamics, batch, HALF_RANGE, make_args(**settings))
+    dynamics = SimpleNamespace() if uses_model else None
+    gcmr.relabel_subgoals(follower(), dynamics, batch, HALF_RANGE, make_args())
     assert called == ["model" if uses_model else "plain"]
 
 
 def test_no_gradient_and_no_parameter_is_touched():
     worker = make_td3(limit=(3.0, 1.0))
     dynamics = gcmr.DynamicsEnsemble(6, 2, make_args(dynamics_hidden=16))
-    dynamics.trained_at = 1
     data = torch.randn(40, 6)
     dynamics.fit_statistics(data, torch.randn(40, 2), torch.randn(40, 6))
     batch = make_batch(torch.randn(5, 11, 6), torch.randn(5, 10, 2), subgoal=torch.randn(5, 2))

@@ -112,9 +112,10 @@ def schedule(toy_run, monkeypatch):
             return {}
 
         def update_manager(
-            manager, worker, dynamics, adjacency, novelty, graph, buffer, worker_buffer, args, planner
+            manager, worker, dynamics, adjacency, novelty, graph, buffer, worker_buffer, args, **due
         ):
-            note("manager", 1, stored=len(buffer), with_planner=planner)
+            assert all(type(flag) is bool for flag in due.values())  # they tell CUDA graphs apart
+            note("manager", 1, stored=len(buffer), **due)
             return {}
 
         def train_dynamics(dynamics, optimizer, buffer, args, step):
@@ -129,12 +130,12 @@ def schedule(toy_run, monkeypatch):
             adjacency.positions = 0
             return {}
 
-        def train_novelty(novelty, optimizer, buffer, args, updates):
+        def update_novelty(novelty, optimizer, buffer, args):
             learns(optimizer, next(novelty.predictor.parameters()), args.novelty_lr)
-            note("novelty", 0, updates=updates)
+            note("novelty", 0)
             return {}
 
-        stubs = (update_worker, update_manager, train_dynamics, train_adjacency, train_novelty)
+        stubs = (update_worker, update_manager, train_dynamics, train_adjacency, update_novelty)
         for stub in stubs:
             monkeypatch.setattr(gcmr, stub.__name__, stub)
         monkeypatch.setattr(
@@ -175,7 +176,25 @@ def test_updates_per_step(schedule):
     manager = [e for e in events if e.name == "manager"]
     assert [e.step for e in manager] == list(range(60, 301, 10))
     assert [e.with_planner for e in manager] == [e.step >= 280 for e in manager]
+    assert [e.with_new_graph for e in manager] == [e.step >= 280 for e in manager]
+    assert [e.with_model for e in manager] == [e.step > 200 for e in manager]
     assert all(e.stored >= 5 for e in manager)
+
+
+@pytest.mark.parametrize(
+    "settings, flag, steps",
+    [
+        (dict(model_relabeling=False), "with_model", []),
+        (dict(rollout_weight=1.0), "with_model", []),
+        (dict(rollout_weight=0.0), "with_model", []),
+        (dict(planner_keeps_graph=3), "with_new_graph", [280, 310, 340]),
+        (dict(landmark_weight=0.0), "with_planner", []),
+        (dict(landmark_weight=0.0), "with_new_graph", []),
+    ],
+)
+def test_what_the_manager_s_updates_contain(schedule, settings, flag, steps):
+    events = [e for e in schedule(360, **settings) if e.name == "manager"]
+    assert [e.step for e in events if getattr(e, flag)] == steps and len(events) == 31
 
 
 @pytest.mark.parametrize(
@@ -201,12 +220,12 @@ def test_trainings_at_episode_ends(schedule):
         name: [e.step for e in events if e.name == name]
         for name in ("visit", "novelty", "adjacency", "dynamics")
     }
-    assert at["visit"] == at["novelty"] == list(range(50, 501, 50))
+    assert at["visit"] == list(range(50, 501, 50))
+    assert at["novelty"] == np.repeat(at["visit"], 50).tolist()  # as many as the episode had steps
     assert at["adjacency"] == [200, 400]  # 51 positions per episode
     assert at["dynamics"] == [200, 300, 400, 500]
     order = [e.name for e in events if e.step == 200]
-    assert order == ["visit", "novelty", "adjacency", "dynamics"]  # scored before RND is trained
-    assert all(e.updates == 50 for e in events if e.name == "novelty")
+    assert order == ["visit", *50 * ["novelty"], "adjacency", "dynamics"]  # scored before RND is trained
     assert all(e.given == e.step for e in events if e.name == "dynamics")
 
 
