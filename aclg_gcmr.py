@@ -39,12 +39,14 @@ import itertools
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -314,7 +316,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         fail("--checkpoint is for --eval-only; to continue a run use --resume PATH")
     if first.checkpoint is not None and first.resume is not None:
         fail("--resume trains, --eval-only does not: choose one of them")
-    saved = first.resume or first.checkpoint
+    saved = first.checkpoint if first.resume is None else first.resume
     if saved is not None:
         settings = load_checkpoint(saved)["args"] | {"resume": None, "checkpoint": None, "run_dir": None}
         source = f"read from {saved}"
@@ -357,14 +359,19 @@ def relabels_by_model(args: Args) -> bool:
 
 def check_args(args: Args):
     """Refuse what makes no sense, with the reason."""
+    if args.env not in SPECS:
+        fail(f"the checkpoint is of {args.env}, an environment that common_envs.py here does not have")
     spec = SPECS[args.env]
+    for name, value in vars(args).items():
+        if value != value:
+            fail(f"--{name.replace('_', '-')} is not a number")
     if args.reward is not None and args.reward not in spec.rewards:
         fail(f"--reward {args.reward}: {args.env} has {', '.join(spec.rewards)}")
     positive = """
     total_steps eval_every eval_episodes manager_period hidden batch_size worker_buffer manager_buffer
     worker_critic_updates worker_critic_updates_with_penalty worker_actor_every gradient_penalty_every
     rollout_planning_every adjacency_epochs adjacency_batch_size planner_keeps_graph coverage_pool
-    dynamics_members dynamics_first_updates dynamics_updates dynamics_batch_size
+    dynamics_members dynamics_hidden dynamics_first_updates dynamics_updates dynamics_batch_size
     gradient_penalty_copies rollout_planning_goals rollout_planning_subgoals
     """
     for name in positive.split():
@@ -373,14 +380,16 @@ def check_args(args: Args):
     not_negative = """
     seed threads save_every actor_lr critic_lr critic_weight_decay adjacency_lr novelty_lr dynamics_lr
     planner_rows novelty_landmarks adjacency_weight landmark_weight landmark_weight_before_planner
-    relabel_shift gradient_penalty_weight rollout_planning_weight
+    relabel_shift gradient_penalty_weight rollout_planning_weight reached_radius candidate_noise
+    worker_noise worker_target_noise worker_target_noise_clip rollout_planning_noise
+    manager_noise manager_target_noise manager_target_noise_clip dynamics_every adjacency_every
     """
     for name in not_negative.split():
-        if not getattr(args, name) >= 0:  # also NaN
+        if getattr(args, name) < 0:
             fail(f"--{name.replace('_', '-')} must not be negative")
     if args.seed >= 2**32:
         fail("--seed must be below 2**32")
-    for name in ("tau", "manager_gamma", "random_subgoals", "redrawn_subgoals"):
+    for name in ("tau", "manager_gamma", "random_subgoals", "redrawn_subgoals", "rollout_weight"):
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name.replace('_', '-')} must be within 0 to 1")
     if (args.redrawn_subgoals > 0 or args.rest_value) and args.worker_looks_ahead:
@@ -402,9 +411,7 @@ def check_args(args: Args):
         )
     if args.eval_goals and (not spec.goal_dim or len(args.eval_goals) % spec.goal_dim):
         fail(f"--eval-goals: a goal of {args.env} has {spec.goal_dim} numbers")
-    try:
-        torch.device("cpu" if args.device == "auto" else args.device)
-    except RuntimeError:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
         fail(f"--device {args.device}: use auto, cpu, cuda or cuda:0")
     if args.track and importlib.util.find_spec("wandb") is None:
         fail("--track needs Weights & Biases: pip install wandb")
@@ -1627,8 +1634,8 @@ def try_to_render(env):
     """Without a GL library a film fails: better now than at the first evaluation."""
     try:
         env.render()
-    except RuntimeError as error:
-        fail(f"--capture-video: {error}")
+    except (RuntimeError, NotImplementedError) as error:
+        fail(f"--capture-video: the environment does not render ({type(error).__name__}: {error})")
 
 
 def describe_run(args: Args) -> dict:
@@ -1683,8 +1690,11 @@ def to_tensors(tree):
 def log_row(row: dict, run_dir: Path, writer: SummaryWriter, progress: tqdm):
     """One evaluation to progress.csv, TensorBoard and the console."""
     append_row(run_dir / "progress.csv", row)
-    for name, value in row.items():
-        writer.add_scalar(name, value, row["step"])
+    try:
+        for name, value in row.items():
+            writer.add_scalar(name, value, row["step"])
+    except OSError as error:
+        fail(f"cannot write TensorBoard events to {run_dir}: {error}; progress.csv has this evaluation")
     progress.set_postfix(success=row["eval/success"], refresh=False)
     progress.write(
         f"step {row['step']}: success {row['eval/success']:.2f} (any step {row['eval/success_any']:.2f}), "
@@ -1782,6 +1792,7 @@ def cuda_graph(function, args: Args, device):
         return function
     if device.index is not None:
         torch.cuda.set_device(device)  # streams and recordings belong to the current device
+    warnings.filterwarnings("ignore", message=".*capturable=True")  # the first calls are not yet recorded
     calls, recorded, stream = Counter(), {}, torch.cuda.Stream()
 
     def replay(*inputs, **flags):
@@ -1874,16 +1885,19 @@ def make_run_dir(args: Args) -> Path:
     default = f"runs/{args.env}__{SCRIPT}__{args.variant}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.run_dir or (Path(args.resume).parent if args.resume else default))
     own = args.resume and run_dir.resolve() == Path(args.resume).parent.resolve()
-    if not own and any((run_dir / name).exists() for name in ("progress.csv", "checkpoint.pt")):
+    files = ("config.json", "progress.csv", "checkpoint.pt")
+    if not own and any((run_dir / name).exists() for name in files):
         fail(f"{run_dir} holds a run already; choose another --run-dir, or --resume the checkpoint.pt in it")
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=bool(args.run_dir or args.resume))  # no two runs in one
         config, path = describe_run(args), run_dir / "config.json"
         if args.resume and path.exists():
             earlier = json.loads(path.read_text())
             config["earlier_commands"] = [*earlier.get("earlier_commands", []), earlier["command"]]
         path.with_suffix(".tmp").write_text(json.dumps(config, indent=2) + "\n")
         os.replace(path.with_suffix(".tmp"), path)  # a crash here must not leave half a file for --resume
+    except (ValueError, KeyError) as error:
+        fail(f"{path} is damaged ({type(error).__name__}): move it away; --resume needs only the checkpoint")
     except OSError as error:
         fail(f"cannot write to {run_dir}: {error}; choose another --run-dir")
     if args.track:
@@ -1944,6 +1958,7 @@ def main(args: Args):
     loop.returns, loop.episode_return = [], 0.0
     loop.episode_steps = 0
     loop.obs, loop.goal = split_observation(env.reset(seed=args.seed)[0])
+    env.get_state()  # an environment of yours that has none fails here, not when it is to be saved
     loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, float(args.uniform_warmup))
     segment.start(loop.obs)
     if args.resume:

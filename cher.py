@@ -43,12 +43,14 @@ import itertools
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -261,7 +263,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         fail("--checkpoint is for --eval-only; to continue a run use --resume PATH")
     if first.checkpoint is not None and first.resume is not None:
         fail("--resume trains, --eval-only does not: choose one of them")
-    saved = first.resume or first.checkpoint
+    saved = first.checkpoint if first.resume is None else first.resume
     if saved is not None:
         settings = load_checkpoint(saved)["args"] | {"resume": None, "checkpoint": None, "run_dir": None}
         source = f"read from {saved}"
@@ -296,7 +298,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def check_args(args: Args):
     """Refuse what makes no sense, with the reason."""
+    if args.env not in SPECS:
+        fail(f"the checkpoint is of {args.env}, an environment that common_envs.py here does not have")
     spec = SPECS[args.env]
+    for name, value in vars(args).items():
+        if value != value:
+            fail(f"--{name.replace('_', '-')} is not a number")
     if args.reward is not None and args.reward not in spec.rewards:
         fail(f"--reward {args.reward}: {args.env} has {', '.join(spec.rewards)}")
     positive = """
@@ -306,8 +313,13 @@ def check_args(args: Args):
     for name in positive.split():
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("seed", "threads", "save_every", "actor_lr", "critic_lr", "critic_weight_decay"):
-        if not getattr(args, name) >= 0:  # also NaN
+    not_negative = """
+    seed threads save_every actor_lr critic_lr critic_weight_decay reached_radius candidate_noise fun_noise
+    worker_noise worker_target_noise worker_target_noise_clip
+    manager_noise manager_target_noise manager_target_noise_clip
+    """
+    for name in not_negative.split():
+        if getattr(args, name) < 0:
             fail(f"--{name.replace('_', '-')} must not be negative")
     if args.seed >= 2**32:
         fail("--seed must be below 2**32")
@@ -328,9 +340,7 @@ def check_args(args: Args):
         )
     if args.eval_goals and (not spec.goal_dim or len(args.eval_goals) % spec.goal_dim):
         fail(f"--eval-goals: a goal of {args.env} has {spec.goal_dim} numbers")
-    try:
-        torch.device("cpu" if args.device == "auto" else args.device)
-    except RuntimeError:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
         fail(f"--device {args.device}: use auto, cpu, cuda or cuda:0")
     if args.track and importlib.util.find_spec("wandb") is None:
         fail("--track needs Weights & Biases: pip install wandb")
@@ -1049,8 +1059,8 @@ def try_to_render(env):
     """Without a GL library a film fails: better now than at the first evaluation."""
     try:
         env.render()
-    except RuntimeError as error:
-        fail(f"--capture-video: {error}")
+    except (RuntimeError, NotImplementedError) as error:
+        fail(f"--capture-video: the environment does not render ({type(error).__name__}: {error})")
 
 
 def describe_run(args: Args) -> dict:
@@ -1105,8 +1115,11 @@ def to_tensors(tree):
 def log_row(row: dict, run_dir: Path, writer: SummaryWriter, progress: tqdm):
     """One evaluation to progress.csv, TensorBoard and the console."""
     append_row(run_dir / "progress.csv", row)
-    for name, value in row.items():
-        writer.add_scalar(name, value, row["step"])
+    try:
+        for name, value in row.items():
+            writer.add_scalar(name, value, row["step"])
+    except OSError as error:
+        fail(f"cannot write TensorBoard events to {run_dir}: {error}; progress.csv has this evaluation")
     progress.set_postfix(success=row["eval/success"], refresh=False)
     progress.write(
         f"step {row['step']}: success {row['eval/success']:.2f} (any step {row['eval/success_any']:.2f}), "
@@ -1260,6 +1273,7 @@ def cuda_graph(function, args: Args, device):
         return function
     if device.index is not None:
         torch.cuda.set_device(device)  # streams and recordings belong to the current device
+    warnings.filterwarnings("ignore", message=".*capturable=True")  # the first calls are not yet recorded
     calls, recorded, stream = Counter(), {}, torch.cuda.Stream()
 
     def replay(*inputs, **flags):
@@ -1356,16 +1370,19 @@ def make_run_dir(args: Args) -> Path:
     default = f"runs/{args.env}__{SCRIPT}__{args.variant}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.run_dir or (Path(args.resume).parent if args.resume else default))
     own = args.resume and run_dir.resolve() == Path(args.resume).parent.resolve()
-    if not own and any((run_dir / name).exists() for name in ("progress.csv", "checkpoint.pt")):
+    files = ("config.json", "progress.csv", "checkpoint.pt")
+    if not own and any((run_dir / name).exists() for name in files):
         fail(f"{run_dir} holds a run already; choose another --run-dir, or --resume the checkpoint.pt in it")
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=bool(args.run_dir or args.resume))  # no two runs in one
         config, path = describe_run(args), run_dir / "config.json"
         if args.resume and path.exists():
             earlier = json.loads(path.read_text())
             config["earlier_commands"] = [*earlier.get("earlier_commands", []), earlier["command"]]
         path.with_suffix(".tmp").write_text(json.dumps(config, indent=2) + "\n")
         os.replace(path.with_suffix(".tmp"), path)  # a crash here must not leave half a file for --resume
+    except (ValueError, KeyError) as error:
+        fail(f"{path} is damaged ({type(error).__name__}): move it away; --resume needs only the checkpoint")
     except OSError as error:
         fail(f"cannot write to {run_dir}: {error}; choose another --run-dir")
     if args.track:
@@ -1416,6 +1433,7 @@ def main(args: Args):
     loop.returns, loop.episode_return = [], 0.0
     loop.worker_returns, loop.coop_values = [], []
     loop.obs, loop.goal = split_observation(env.reset(seed=args.seed)[0])
+    env.get_state()  # an environment of yours that has none fails here, not when it is to be saved
     loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, float(args.uniform_warmup))
     segment.start(loop.obs, loop.subgoal)
     if args.resume:

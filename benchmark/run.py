@@ -89,13 +89,14 @@ class Run:
     def start(self):
         """Start the script. The lock lives as long as the script: two never write to one folder.
 
-        Rows of a run that ended before its first checkpoint go to progress_before.csv: it starts anew.
+        A run that ended before its first checkpoint starts anew: what it wrote goes to *_before.csv, .json.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "log.txt", "a") as log:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not (self.folder / "checkpoint.pt").exists() and (self.folder / "progress.csv").exists():
-                os.replace(self.folder / "progress.csv", self.folder / "progress_before.csv")
+            for name in () if (self.folder / "checkpoint.pt").exists() else ("progress.csv", "config.json"):
+                if (self.folder / name).exists():
+                    os.replace(self.folder / name, self.folder / name.replace(".", "_before."))
             # as one piece: print() writes its line end by itself, and other threads print too
             print(f"{self.name}: {shlex.join(self.command())}\n", end="", flush=True)
             print(f"$ {shlex.join(self.command())}", file=log, flush=True)

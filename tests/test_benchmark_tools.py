@@ -278,6 +278,7 @@ def test_rows_of_a_run_without_a_checkpoint_are_kept(grid, tmp_path):
     rows = (folder / "progress.csv").read_text()
     failed = grid("--results", tmp_path, extra=("--no-such-flag", 1))
     assert failed.code == 1 and (folder / "progress_before.csv").read_text() == rows
+    assert (folder / "config_before.json").exists() and not (folder / "config.json").exists()
 
 
 def test_run_refuses(grid, tmp_path):

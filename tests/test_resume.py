@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -141,6 +142,22 @@ def test_checkpoint_of_another_version(stopped, module, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["commit"] == "old"  # it tells which one
 
 
+def test_checkpoint_of_an_environment_that_is_not_here(stopped, module, tmp_path):
+    state = torch.load(stopped[0] / "checkpoint.pt", weights_only=True)
+    state["args"]["env"] = "MyMaze"
+    torch.save(state, tmp_path / "mine.pt")
+    assert "MyMaze" in refusal(module, "--resume", tmp_path / "mine.pt")
+    assert "MyMaze" in refusal(module, "--eval-only", "--checkpoint", tmp_path / "mine.pt")
+
+
+def test_damaged_config(stopped, module, tmp_path):
+    shutil.copy(stopped[0] / "checkpoint.pt", tmp_path)
+    for content in ("", "{}"):
+        (tmp_path / "config.json").write_text(content)
+        text = refusal(module, "--resume", tmp_path / "checkpoint.pt", "--total-steps", 2000)
+        assert "config.json is damaged" in text and (tmp_path / "config.json").read_text() == content
+
+
 def test_settings_cannot_change_in_a_resumed_run(stopped, module, tmp_path):
     shutil.copy(stopped[0] / "checkpoint.pt", tmp_path)
     for flags, word in (
@@ -196,6 +213,18 @@ def test_full_disk(module, monkeypatch, tmp_path, error, moment):
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
     module.save_checkpoint({"part": Part(3.0)}, module.Args(), path)  # there is room again
     assert torch.load(path, weights_only=True)["part"]["value"][0] == 3
+
+
+def test_full_disk_at_tensorboard(module, tmp_path):
+    """Its thread fails, and the next value meets the error."""
+
+    def fails(*inputs):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(SystemExit) as stop:
+        module.log_row({"step": 10, "a": 1.5}, tmp_path, SimpleNamespace(add_scalar=fails), None)
+    assert "TensorBoard" in stop.value.code and "\n" not in stop.value.code
+    assert read_rows(tmp_path) == [{"step": "10", "a": "1.5"}]
 
 
 def test_progress_survives_a_crash_while_it_is_written(module, monkeypatch, tmp_path):

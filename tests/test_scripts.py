@@ -221,6 +221,12 @@ BAD_FLAGS = [
     ("--manager-gamma 1.5", "--manager-gamma"),
     ("--random-subgoals 1.5", "--random-subgoals"),
     ("--actor-lr -1e-4", "--actor-lr"),
+    ("--worker-noise -1", "--worker-noise"),
+    ("--worker-noise nan", "--worker-noise is not a number"),
+    ("--reached-radius -1", "--reached-radius"),
+    ("--device mps", "--device mps"),  # a device of torch, but not for these scripts
+    ("--device cuda:x", "--device cuda:x"),
+    ("--resume=", "no checkpoint at"),  # an empty variable of a shell must not start a new run
     ("--subgoal-space xy --subgoal-limit 2 nan", "--subgoal-limit"),
     ("--env PointMaze-U --subgoal-space xyz", "--subgoal-space xyz"),  # the third entry is the heading
     ("--env AntPush-Small --subgoal-space xyz", "--subgoal-space xyz"),  # the third is the block's x
@@ -265,19 +271,32 @@ def test_a_folder_holds_one_run(trained, module):
     assert before == {path.name: path.read_bytes() for path in trained.folder.glob("*.*")}
 
 
+def test_two_runs_of_one_second_do_not_share_a_folder(module, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module.time, "strftime", lambda form: "20260101-000000")
+    folder = module.make_run_dir(module.Args())
+    for path in folder.iterdir():  # the other run has not come to config.json yet
+        path.unlink()
+    with pytest.raises(SystemExit, match="choose another --run-dir"):
+        module.make_run_dir(module.Args())
+
+
 def test_a_run_resumed_elsewhere_takes_no_other_runs_folder(module, tmp_path):
     """config.json, model.pt and checkpoint.pt of the run that is there would be replaced, its rows mixed."""
     own, other, new = (tmp_path / name for name in ("own", "other", "new"))
     other.mkdir()
-    (other / "config.json").write_text("{}")
     args = dataclasses.replace(module.Args(), resume=str(own / "checkpoint.pt"))
-    for sign in ("progress.csv", "checkpoint.pt"):  # before the first evaluation there is no progress.csv
-        (other / sign).write_text("")
+    for sign in (
+        "config.json",
+        "progress.csv",
+        "checkpoint.pt",
+    ):  # before the first evaluation only the first
+        (other / sign).write_text("{}")
         for resume in (args.resume, None):
             with pytest.raises(SystemExit, match="holds a run already"):
                 module.make_run_dir(dataclasses.replace(args, resume=resume, run_dir=str(other)))
+        assert [path.name for path in other.iterdir()] == [sign]
         (other / sign).unlink()
-    assert (other / "config.json").read_text() == "{}"
     assert module.make_run_dir(dataclasses.replace(args, run_dir=str(new))) == new
     for sign in ("progress.csv", "disk.pt"):
         (new / sign).write_text("")
