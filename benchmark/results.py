@@ -127,7 +127,13 @@ def table_row(key: tuple, runs: list[dict]) -> str:
 
 
 def main(args: Args):
-    runs = [read_run(file) for file in sorted(args.folder.rglob("progress.csv"))]
+    runs = []
+    for file in sorted(args.folder.rglob("progress.csv")):
+        try:
+            runs.append(read_run(file))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            why = f"({type(error).__name__}: {error}); move it out of {args.folder}"
+            raise SystemExit(f"results.py: error: not a run's: {file} {why}") from None
     if not runs:
         raise SystemExit(f"results.py: error: no progress.csv below {args.folder}")
     groups = {}

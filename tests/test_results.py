@@ -94,6 +94,13 @@ def test_no_runs(tmp_path):
         results.main(results.Args(tmp_path, tmp_path / "RESULTS.md"))
 
 
+def test_a_file_that_is_no_run_s(publish, tmp_path):
+    publish("hiro", "A", "default", 1, [1.0], 10)
+    (tmp_path / "results" / "progress.csv").write_text("a,b")
+    with pytest.raises(SystemExit, match="not a run's: .*progress.csv .*FileNotFoundError"):
+        results.main(results.Args(tmp_path / "results"))
+
+
 def test_the_published_table_is_that_of_the_files(tmp_path):
     results.main(results.Args(out=tmp_path / "RESULTS.md"))
     assert (tmp_path / "RESULTS.md").read_text() == (ROOT / "benchmark" / "RESULTS.md").read_text()
