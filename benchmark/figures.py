@@ -35,6 +35,8 @@ CURVES = {
             "aclg_gcmr/AntMaze-U/fast",
             "aclg_gcmr/AntMaze-U/walker",
             "aclg_gcmr/AntMaze-U/early",
+            "aclg_gcmr/AntMaze-U/early_dense",
+            "aclg_gcmr/AntMaze-U/lw5",
         ],
         "eval/success",
     ),
