@@ -302,7 +302,7 @@ def check_args(args: Args):
         fail(f"the checkpoint is of {args.env}, an environment that common_envs.py here does not have")
     spec = SPECS[args.env]
     for name, value in vars(args).items():
-        if value != value:
+        if value != value:  # NaN, which no comparison below would refuse
             fail(f"--{name.replace('_', '-')} is not a number")
     if args.reward is not None and args.reward not in spec.rewards:
         fail(f"--reward {args.reward}: {args.env} has {', '.join(spec.rewards)}")
@@ -1374,7 +1374,8 @@ def make_run_dir(args: Args) -> Path:
     if not own and any((run_dir / name).exists() for name in files):
         fail(f"{run_dir} holds a run already; choose another --run-dir, or --resume the checkpoint.pt in it")
     try:
-        run_dir.mkdir(parents=True, exist_ok=bool(args.run_dir or args.resume))  # no two runs in one
+        # without --run-dir two runs of one second have one name: the later one is refused
+        run_dir.mkdir(parents=True, exist_ok=bool(args.run_dir or args.resume))
         config, path = describe_run(args), run_dir / "config.json"
         if args.resume and path.exists():
             earlier = json.loads(path.read_text())

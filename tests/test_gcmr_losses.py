@@ -667,7 +667,12 @@ def test_penalty_enters_the_critic_s_loss_with_its_weight(monkeypatch):
 
 
 def one_manager_update(
-    with_planner=False, adjacency="default", novelty="default", with_new_graph=None, **settings
+    with_planner=False,
+    adjacency="default",
+    novelty="default",
+    with_model=True,
+    with_new_graph=None,
+    **settings,
 ):
     worker, manager, dynamics = make_worker(), make_manager(), make_dynamics()
     args = make_args(coverage_pool=40, coverage_landmarks=8, **settings)
@@ -684,10 +689,26 @@ def one_manager_update(
     torch.manual_seed(9)
     losses = gcmr.update_manager(
         manager, worker, dynamics, adjacency, novelty, gcmr.LandmarkGraph(6, args),
-        manager_buffer, worker_buffer, args, True, with_planner, with_new_graph,
+        manager_buffer, worker_buffer, args, with_model, with_planner, with_new_graph,
     )  # fmt: skip
     assert same(before, values(*others) + [worker_buffer.rows, manager_buffer.rows])
     return manager, losses
+
+
+def test_flags_of_the_manager_s_update(monkeypatch):
+    """The model scores candidates only with with_model; a graph is made only with with_new_graph."""
+    models, renewed, relabel = [], [], gcmr.relabel_subgoals
+    monkeypatch.setattr(
+        gcmr, "relabel_subgoals", lambda w, d, *rest: models.append(d) or relabel(w, d, *rest)
+    )
+    monkeypatch.setattr(gcmr.LandmarkGraph, "renew", lambda self, *inputs: renewed.append(inputs))
+    for with_model in (True, False):
+        one_manager_update(with_model=with_model)
+    assert isinstance(models[0], gcmr.DynamicsEnsemble) and models[1] is None and not renewed
+    one_manager_update(True, with_new_graph=False)
+    assert not renewed
+    one_manager_update(True, with_new_graph=True)
+    assert len(renewed) == 1
 
 
 def test_manager_update_touches_only_the_manager():
