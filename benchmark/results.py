@@ -21,11 +21,12 @@ HEADER = """# Results
 
 Made by `python benchmark/results.py` from the files below `FOLDER`; do not edit.
 Success: noise-free, at the last step of the episode, mean of a seed's last five evaluations; then the mean
-over seeds (smallest to largest). Solved at: the first step at which the mean of five evaluations in a row
-is at least 0.9. Return: of the environment's rewards per evaluation episode, mean of the last five (AntGather
-has no goal and so no success). Progress: of the worker in training, metres along the subgoal per period, mean
-of the last five rows. Hours: wall-clock of one run, often beside others; some count pauses. Unfinished:
-stopped before its own --total-steps, which may be less than the script's length for the environment.
+over seeds (smallest to largest). Any step: the same with the goal counted at any step, as HRAC, HIGL and
+GCMR do. Solved at: the first step at which the mean of five evaluations in a row is at least 0.9. Return: of
+the environment's rewards per evaluation episode, mean of the last five (AntGather has no goal and so no
+success). Progress: of the worker in training, metres along the subgoal per period, mean of the last five
+rows. Hours: wall-clock of one run, often beside others; some count pauses. Unfinished: stopped before its own
+--total-steps, which may be less than the script's length for the environment.
 """
 ORIGIN = """
 ## Commits, machines and commands
@@ -41,8 +42,9 @@ COLUMNS = (
     "seeds",
     "steps",
     "success",
-    "any step",
     "solved at",
+    "any step",
+    "solved at, any step",
     "return",
     "progress",
     "hours",
@@ -70,6 +72,13 @@ def first_command(config: dict) -> str:
     return shlex.join(kept)
 
 
+def solved_at(steps, successes) -> int | None:
+    """The first step at which the mean of five evaluations in a row is at least 0.9."""
+    means = np.convolve(successes, np.ones(LAST) / LAST, "valid") if len(steps) >= LAST else np.empty(0)
+    solved = np.flatnonzero(means >= 0.9 - 1e-9)
+    return int(steps[LAST - 1 + solved[0]]) if len(solved) else None
+
+
 def read_run(file: Path) -> dict:
     """One run's numbers."""
     config = json.loads((file.parent / "config.json").read_text())
@@ -85,16 +94,15 @@ def read_run(file: Path) -> dict:
     machine = ", ".join(filter(None, machine))
     in_grid = file.parent.name == f"seed{settings['seed']}"  # benchmark/run.py's <variant>/seed<k>
     variant = file.parent.parent.name if in_grid else settings["variant"]
-    means = np.convolve(values["eval/success"], np.ones(LAST) / LAST, "valid")
-    solved = np.flatnonzero(means >= 0.9 - 1e-9)
     return {
         "key": (config["script"], settings["env"], variant),
         "seed": settings["seed"],
         "finished": values["step"][-1] >= settings["total_steps"],
         "steps": int(values["step"][-1]),
         "success": values["eval/success"][-LAST:].mean(),
+        "solved": solved_at(values["step"], values["eval/success"]),
         "any": values["eval/success_any"][-LAST:].mean(),
-        "solved": int(values["step"][LAST - 1 + solved[0]]) if len(solved) else None,
+        "any_solved": solved_at(values["step"], values["eval/success_any"]),
         "return": values["eval/return"][-LAST:].mean(),
         "progress": values["worker/progress"][-LAST:].mean(),
         "hours": values["time"][-1] / 3600,
@@ -111,14 +119,18 @@ def spread(values: list, digits: int = 2) -> str:
 
 def table_row(key: tuple, runs: list[dict]) -> str:
     """A line of the table for the runs of one script, environment and variant."""
-    solved = [f"{run['solved']:,}" if run["solved"] else "no" for run in runs]
+    solved, any_solved = (
+        " / ".join(f"{run[rule]:,}" if run[rule] else "no" for run in runs)
+        for rule in ("solved", "any_solved")
+    )
     cells = (
         *key,
         ", ".join(str(run["seed"]) for run in runs) + ("" if runs[0]["finished"] else ", unfinished"),
         " / ".join(dict.fromkeys(f"{run['steps']:,}" for run in runs)),
         spread([run["success"] for run in runs]),
+        solved,
         spread([run["any"] for run in runs]),
-        " / ".join(solved),
+        any_solved,
         spread([run["return"] for run in runs]),
         spread([run["progress"] for run in runs]),
         spread([run["hours"] for run in runs], 1),

@@ -48,7 +48,14 @@ def test_mean_of_the_last_five_and_of_the_seeds(publish, tmp_path):
     (row,) = table_of(tmp_path)
     assert row[:5] == ["hiro", "A", "x", "1, 2", "70"]
     assert row[5] == "0.70 (0.50 to 0.90)"  # 4.5 / 5 and 2.5 / 5
-    assert row[7:] == ["70 / no", "-5.00 (-5.00 to -5.00)", "0.50 (0.50 to 0.50)", "0.7 (0.7 to 0.7)"]
+    assert row[6] == "70 / no"
+    assert row[9:] == ["-5.00 (-5.00 to -5.00)", "0.50 (0.50 to 0.50)", "0.7 (0.7 to 0.7)"]
+
+
+def test_success_at_any_step_has_its_own_columns(publish, tmp_path):
+    publish("hiro", "A", "x", 1, [0] * 7, 70)  # the fixture's success_any is 1 throughout
+    (row,) = table_of(tmp_path)
+    assert row[5:9] == ["0.00", "no", "1.00", "50"]
 
 
 def test_the_command_that_started_a_run():
@@ -76,7 +83,8 @@ def test_unfinished_runs_stand_alone(publish, tmp_path):
     rows = table_of(tmp_path)
     assert [row[3] for row in rows] == ["1", "2, unfinished", "3, unfinished"]
     assert [row[5] for row in rows] == ["1.00", "0.00", "0.00"]
-    assert [row[7] for row in rows] == ["50", "no", "no"]
+    assert [row[6] for row in rows] == ["50", "no", "no"]
+    assert [row[8] for row in rows] == ["50", "no", "no"]
 
 
 def test_folders_that_the_scripts_name(publish, tmp_path):
