@@ -15,36 +15,44 @@ import tyro
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-INSIDE = (82, 86, 398, 402)  # of 480 x 480 pixels, without the outer walls of the 12 m mazes
+# what is shown of 480 x 480 pixels: the 12 m mazes without their outer walls; others are shown whole
+INSIDE = dict.fromkeys(("AntMaze-U", "PointMaze-U"), (82, 86, 398, 402))
 
 
 @dataclass
 class Args:
-    agents: Path = HERE / "agents"  # <script>.pt
-    out: Path = HERE.parent / "docs" / "pictures"  # gets film_<script>.gif and paths_<script>.png
+    agents: Path = HERE / "agents"  # <name>.pt
+    out: Path = HERE.parent / "docs" / "pictures"  # gets film_<name>.gif and paths_<name>.png
     eval_episodes: int = 10  # paths; the first episode is filmed
-    publish: tuple[Path, str] | None = None  # model.pt and the script's name: only add it to the agents
+    publish: tuple[Path, str] | None = None  # model.pt and a name: only add it to the agents
 
 
-def publish(model: Path, agents: Path, script: str):
+def publish(model: Path, agents: Path, name: str):
     """Everything but the optimisers, which are half of the file and of no use for --eval-only."""
     state = torch.load(model, map_location="cpu", weights_only=True)
     for level in ("manager", "worker"):
         state[level] = {name: part for name, part in state[level].items() if not name.endswith("optimizer")}
     agents.mkdir(parents=True, exist_ok=True)
-    torch.save(state, agents / f"{script}.pt")
+    torch.save(state, agents / f"{name}.pt")
+
+
+def origin(agent: Path) -> tuple[Path, str]:
+    """The script that trained it, as an agent may have another name, and the environment."""
+    state = torch.load(agent, map_location="cpu", weights_only=True)
+    return HERE.parent / f"{state['script']}.py", state["args"]["env"]
 
 
 def film(agent: Path, args: Args):
     """One evaluation of the agent: its film as a small gif, its paths as they are."""
     import imageio.v3 as imageio
 
+    script, env = origin(agent)
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--eval-only", "--checkpoint", agent, "--run-dir", folder, "--capture-video"]
         flags += ["--eval-episodes", str(args.eval_episodes)]
-        subprocess.run([sys.executable, HERE.parent / f"{agent.stem}.py", *flags], check=True)
+        subprocess.run([sys.executable, script, *flags], check=True)
         frames = imageio.imread(Path(folder) / "videos" / "eval_goal0.mp4")[::5]
-        frames = [Image.fromarray(frame).crop(INSIDE).resize((240, 240)) for frame in frames]
+        frames = [Image.fromarray(frame).crop(INSIDE.get(env)).resize((240, 240)) for frame in frames]
         samples = Image.new("RGB", (240 * 8, 240))  # one palette for all, or small things lose their colour
         for i in range(8):
             samples.paste(frames[i * len(frames) // 8], (240 * i, 0))

@@ -11,8 +11,14 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS
 
+import common_envs
+
 sys.path.insert(0, str(ROOT / "benchmark"))
+import films  # noqa: E402
 import results  # noqa: E402
+
+AGENTS = sorted((ROOT / "benchmark" / "agents").glob("*.pt"))
+EACH_AGENT = pytest.mark.parametrize("agent", AGENTS, ids=[path.stem for path in AGENTS])
 
 
 @pytest.fixture
@@ -131,9 +137,13 @@ def test_one_command_redraws_all_figures(tmp_path):
     assert drawn == published and (tmp_path / "T.md").exists()
 
 
-@pytest.mark.parametrize(
-    "agent", sorted((ROOT / "benchmark" / "agents").glob("*.pt")), ids=lambda path: path.stem
-)
+@EACH_AGENT
+def test_films_know_the_script_of_an_agent(agent):
+    script, env = films.origin(agent)
+    assert script.exists() and env in common_envs.SPECS
+
+
+@EACH_AGENT
 def test_published_agents_evaluate(agent, run, tmp_path):
     """They come without optimisers. Their success is not asserted: another CPU may round differently."""
     flags = ("--eval-only", "--checkpoint", agent, "--eval-episodes", 1, "--run-dir", tmp_path)
