@@ -398,6 +398,8 @@ def check_args(args: Args):
             fail(f"--{name.replace('_', '-')} must not be negative")
     if args.seed >= 2**32:
         fail("--seed must be below 2**32")
+    if args.threads > 1024:
+        fail(f"--threads {args.threads}: torch crashes with so many; use at most the number of cores")
     for name in ("tau", "manager_gamma", "random_subgoals", "redrawn_subgoals", "rollout_weight"):
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name.replace('_', '-')} must be within 0 to 1")
@@ -1747,7 +1749,7 @@ def load_checkpoint(path: str) -> dict:
     if not isinstance(state, dict) or state.get("script") != SCRIPT:
         wrong = state.get("script", "something else") if isinstance(state, dict) else "something else"
         fail(f"{path} was written by {wrong}, not by {SCRIPT}.py")
-    if not {"format", "args"} <= state.keys():
+    if not isinstance(state.get("format"), int) or not isinstance(state.get("args"), dict):
         fail(f"{path} is damaged: it has no format or no settings")
     if state["format"] > FORMAT:
         fail(f"{path} has format {state['format']}, this version reads up to {FORMAT}: update {SCRIPT}.py")

@@ -216,6 +216,7 @@ BAD_FLAGS = [
     ("--worker-gamma 1", "--worker-gamma"),
     ("--worker-gamma -0.5", "--worker-gamma"),
     ("--threads -1", "--threads"),
+    ("--threads 100000", "--threads"),
     ("--seed 99999999999", "--seed"),
     ("--tau 7", "--tau"),
     ("--manager-gamma 1.5", "--manager-gamma"),
@@ -518,7 +519,8 @@ def test_a_full_disk_leaves_the_table_whole(script, module, capsys, tmp_path, mo
     assert path.read_text() == before and [file.name for file in tmp_path.iterdir()] == ["progress.csv"]
 
 
-def test_a_checkpoint_without_settings(script, module, tmp_path):
-    torch.save({"script": script}, tmp_path / "model.pt")
+@pytest.mark.parametrize("odd", [{}, {"format": "1", "args": {}}, {"format": 1, "args": [1]}])
+def test_a_checkpoint_without_settings(script, module, tmp_path, odd):
+    torch.save({"script": script} | odd, tmp_path / "model.pt")
     with pytest.raises(SystemExit, match="damaged"):
         module.load_checkpoint(str(tmp_path / "model.pt"))
