@@ -40,6 +40,8 @@ CURVES = {
         ],
         "eval/success",
     ),
+    # by GCMR's rule, as W's training episodes end at the goal
+    "curves_w.png": (["aclg_gcmr/AntMaze-W/early"], "eval/success_any"),
     "curves_ant_worker.png": (["hiro/AntMaze-U", "aclg_gcmr/AntMaze-U"], "worker/progress"),
 }
 
