@@ -40,6 +40,10 @@ CURVES = {
         ],
         "eval/success",
     ),
+    "curves_ant_gcmr.png": (
+        ["aclg_gcmr/AntMaze-U/early_dense", "aclg_gcmr/AntMaze-U/early_dense_aclg"],
+        "eval/success",
+    ),
     # by GCMR's rule, as W's training episodes end at the goal
     "curves_w.png": (["aclg_gcmr/AntMaze-W/early"], "eval/success_any"),
     "curves_ant_worker.png": (["hiro/AntMaze-U", "aclg_gcmr/AntMaze-U"], "worker/progress"),
