@@ -194,6 +194,23 @@ def test_presets(module):
     assert module.parse_args([]).env == module.Args.env
 
 
+def test_quick_presets(module, script, capsys, run):
+    """On top of PRESETS; flags have the last word, and where there is none --preset quick says where there is."""
+    for env, quick in module.QUICK.items():
+        args, default = module.parse_args(["--env", env, "--preset", "quick"]), module.parse_args(["--env", env])
+        assert env in SPECS and args.preset == "quick" and default.preset == "default"
+        changed = {name for name in vars(args) if getattr(args, name) != getattr(default, name)}
+        assert changed == quick.keys() - {"source"} | {"preset"}  # a value that changes nothing is not listed
+        assert all(getattr(args, name) == quick[name] for name in quick if name != "source")
+        again = module.parse_args(["--env", env, "--preset", "quick", "--redrawn-subgoals", "0.25"])
+        assert again.redrawn_subgoals == 0.25 and again.rest_value
+        text = run(script, "--env", env, "--preset", "quick", "--help").out
+        assert " ".join(quick["source"].split()) in " ".join(text.replace("│", " ").split())
+    code, text = parse(module, capsys, "--env", "AntGather", "--preset", "quick")
+    assert code == 1 and text.startswith(f"{script}.py: error: ") and "\n" not in text
+    assert "AntGather" in text and all(env in text for env in module.QUICK)
+
+
 BAD_FLAGS = [
     ("--env AntMaze-X", "AntMaze-X"),
     ("--eval-only", "--checkpoint"),
@@ -253,6 +270,7 @@ def test_bad_flags(script, module, capsys, flags, word):
         "--total-steps 1.5",
         "--total-steps inf",
         "--subgoal-space q",
+        "--preset best",
         "--no-such-flag 1",
         "--seed",
     ],

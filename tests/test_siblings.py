@@ -27,7 +27,7 @@ redraw_subgoals safe_norm try_to_render
 """.split()
 # What a method is about: the same name, another text.
 DIFFERENT = """
-Args PRESETS FULL SUBGOAL_SPACES check_args ReplayBuffer update_worker update_manager main
+Args PRESETS QUICK FULL SUBGOAL_SPACES check_args ReplayBuffer update_worker update_manager main
 """.split()
 # Shared by the others: segments of cher.py hold the worker's subgoals and rewards, as it has one replay;
 # aclg_gcmr.py has HIGL's order of candidates, relabels by its model, and scales the worker's reward.
