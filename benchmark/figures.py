@@ -26,11 +26,13 @@ CURVES = {
     "curves_gather_value.png": (COOPERATION, "manager/coop_value"),
     "curves_gather_worker.png": (COOPERATION, "worker/period_return"),
     "curves_transfer.png": (["cher/AntMaze-ULarge/transfer"], "eval/success"),
+    "curves_ularge.png": (["cher/AntMaze-ULarge/fixed", "cher/AntMaze-ULarge/hrl"], "eval/success"),
     "curves_coop.png": (["cher/PointMaze-U/dynamic"], "manager/coop_ratio"),
     "curves_ant.png": (
         [
             "hiro/AntMaze-U/default",
             "hiro/AntMaze-U/diverse",
+            "hiro/AntMaze-U/quick",
             "aclg_gcmr/AntMaze-U/default",
             "aclg_gcmr/AntMaze-U/fast",
             "aclg_gcmr/AntMaze-U/walker",
