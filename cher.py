@@ -106,7 +106,7 @@ Count = Annotated[
 class Args:
     # --- Experiment ---
     env: str = "AntMaze-ULarge"  # id of the environment, a row of SPECS in common_envs.py
-    preset: str = "default"  # "default": of PRESETS, near the paper; "quick": also of QUICK, learns sooner
+    preset: Literal["default", "quick"] = "default"  # settings of PRESETS; "quick": and of QUICK on top
     reward: str | None = None  # "dense" or "sparse"; None: the first that the environment has
     seed: int = 1  # fixes torch (networks, noise, sampling) and the environment
     total_steps: Count = 3_000_000  # environment steps, counted from the start also after --resume
@@ -279,11 +279,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
             settings |= {} if settings["reward"] in SPECS[first.env].rewards else {"reward": None}
     else:
         env = first.env or Args.env
-        settings = {"env": env, "preset": first.preset} | PRESETS.get(env, {})
+        settings = {"env": env, "preset": first.preset, "variant": first.preset} | PRESETS.get(env, {})
         if first.preset == "quick":
             if env not in QUICK:
-                known = ", ".join(QUICK) or "no environment"
-                fail(f"--preset quick: {SCRIPT}.py has it for {known}, not for {env}")
+                fail(f"--preset quick: {SCRIPT}.py has none for {env}; it has: {', '.join(QUICK) or 'none yet'}")
             settings |= QUICK[env]
         source = settings.pop("source", "this file's defaults, nothing was chosen for this environment")
     before = Args(**settings)

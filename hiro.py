@@ -24,7 +24,7 @@ about. The worker sees the subgoal, never the goal:
 The method is in the sections subgoals, relabeling and updates, and in main's loop; the rest is plumbing.
 
 Off by default, for a worker that learns faster: --redrawn-subgoals (an ablation in HIRO's paper) and
---rest-value (in no paper that we know).
+--rest-value (in no paper that we know). --preset quick turns them on.
 """
 
 import contextlib
@@ -98,7 +98,7 @@ Count = Annotated[
 class Args:
     # --- Experiment ---
     env: str = "AntMaze-ULarge"  # id of the environment, a row of SPECS in common_envs.py
-    preset: str = "default"  # "default": of PRESETS, near the paper; "quick": also of QUICK, learns sooner
+    preset: Literal["default", "quick"] = "default"  # settings of PRESETS; "quick": and of QUICK on top
     reward: str | None = None  # "dense" or "sparse"; None: the first that the environment has
     seed: int = 1  # fixes torch (networks, noise, sampling) and the environment
     total_steps: Count = 10_000_000  # environment steps, counted from the start also after --resume
@@ -218,7 +218,7 @@ PRESETS: dict[str, dict] = {
 # With --preset quick, on top of PRESETS. Found here.
 QUICK: dict[str, dict] = {
     "AntMaze-U": {
-        "source": "found here, not in a paper: far subgoals, half of them uniform, and a worker that learns faster",
+        "source": "found here, not in a paper: far subgoals, half of them uniform, and a faster worker",
         "subgoal_limit": (10.0, 10.0),
         "manager_noise": 1.0,
         "random_subgoals": 0.5,
@@ -269,11 +269,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
             settings |= {} if settings["reward"] in SPECS[first.env].rewards else {"reward": None}
     else:
         env = first.env or Args.env
-        settings = {"env": env, "preset": first.preset} | PRESETS.get(env, {})
+        settings = {"env": env, "preset": first.preset, "variant": first.preset} | PRESETS.get(env, {})
         if first.preset == "quick":
             if env not in QUICK:
-                known = ", ".join(QUICK) or "no environment"
-                fail(f"--preset quick: {SCRIPT}.py has it for {known}, not for {env}")
+                fail(f"--preset quick: {SCRIPT}.py has none for {env}; it has: {', '.join(QUICK) or 'none yet'}")
             settings |= QUICK[env]
         source = settings.pop("source", "this file's defaults, nothing was chosen for this environment")
     before = Args(**settings)

@@ -195,12 +195,14 @@ def test_presets(module):
 
 
 def test_quick_presets(module, script, capsys, run):
-    """On top of PRESETS; flags have the last word, and where there is none --preset quick says where there is."""
+    """On top of PRESETS; flags have the last word; without one for the environment it says which there are."""
     for env, quick in module.QUICK.items():
-        args, default = module.parse_args(["--env", env, "--preset", "quick"]), module.parse_args(["--env", env])
-        assert env in SPECS and args.preset == "quick" and default.preset == "default"
+        args = module.parse_args(["--env", env, "--preset", "quick"])
+        default = module.parse_args(["--env", env])
+        assert env in SPECS and quick["source"]
+        assert args.preset == args.variant == "quick" and default.preset == default.variant == "default"
         changed = {name for name in vars(args) if getattr(args, name) != getattr(default, name)}
-        assert changed == quick.keys() - {"source"} | {"preset"}  # a value that changes nothing is not listed
+        assert changed == quick.keys() - {"source"} | {"preset", "variant"}  # none that changes nothing
         assert all(getattr(args, name) == quick[name] for name in quick if name != "source")
         again = module.parse_args(["--env", env, "--preset", "quick", "--redrawn-subgoals", "0.25"])
         assert again.redrawn_subgoals == 0.25 and again.rest_value
