@@ -195,7 +195,7 @@ def test_presets(module):
 
 
 def test_quick_presets(module, script, capsys, run):
-    """On top of PRESETS; flags have the last word; without one for the environment it says which there are."""
+    """On top of PRESETS; flags have the last word; where there is none it says where there is one."""
     for env, quick in module.QUICK.items():
         args = module.parse_args(["--env", env, "--preset", "quick"])
         default = module.parse_args(["--env", env])
