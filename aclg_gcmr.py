@@ -210,7 +210,7 @@ class Args:
     # --- Relabeling (GCMR) ---
     model_relabeling: bool = True  # score candidates on model rollouts; off: on the recorded states (HIRO)
     rollout_weight: float = 0.95  # w, the i-th state is w^i recorded, 1 - w^i model; 0 or 1: no model
-    relabel_shift: float = 20.0  # delta_sg; times sqrt(batch_size / 128); 0: take the best candidate itself
+    relabel_shift: float = 20.0  # delta_sg at batch_size 128 (at 512: 40); 0: take the best candidate itself
     relabel_norm: Literal["batch", "sample"] = "batch"  # shift / norm of all differences, or each row's
 
     # --- Gradient penalty (GCMR) ---
@@ -278,7 +278,11 @@ PRESETS: dict[str, dict] = {
     "AntFall": {"source": "no settings were published; HRAC's subgoal space", "subgoal_space": "xyz"},
     "AntPush": {"source": "no settings were published; those of AntMaze-U"},
     "AntFourRooms": {"source": "no settings were published; those of AntMaze-U"},
-    "AntGather": {"source": "no settings were published; no goals, so no landmarks", "landmark_weight": 0.0},
+    "AntGather": {
+        "source": "no settings were published; HRAC's reward scale; no goals, so no landmarks",
+        "manager_reward_scale": 1.0,
+        "landmark_weight": 0.0,
+    },
     "PointMaze-U": {
         "source": "PointMaze-v1 as released, but less noise, a worker that sees walls, early starts",
         "reward": "sparse",

@@ -316,6 +316,11 @@ def test_settings_of_the_table(env):
     assert half_range == ((10, 10, 2, 2) if env == "AntPush-Small" else (10, 10))
 
 
+def test_gather_has_the_reward_scale_of_hrac_and_no_landmarks():
+    args = gcmr.parse_args(["--env", "AntGather"])
+    assert (args.manager_reward_scale, args.landmark_weight, args.adjacency_weight) == (1, 0, 20)
+
+
 def test_settings_that_all_environments_share():
     for env in TABLE:
         args = gcmr.parse_args(["--env", env])
