@@ -1228,10 +1228,10 @@ def load_worker(worker: TD3, env, args: Args):
     """
     path = args.worker_checkpoint
     state = load_checkpoint(path)
-    if "worker" not in state:
-        fail(f"{path} is damaged: it has no worker")
+    if "actor" not in state.get("worker", {}):
+        fail(f"{path} has no worker: it is damaged, or of a --flat run")
     nets, saved = ("actor", "target_actor", "critic", "target_critic"), state["worker"]
-    same = "flat subgoal_space mask_xy scale_worker_inputs rest_value hidden action_limit"
+    same = "subgoal_space mask_xy scale_worker_inputs rest_value hidden action_limit"
     same += " worker_gamma" if args.rest_value else ""
     for name in same.split():
         old = state["args"].get(name, getattr(Args, name))

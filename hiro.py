@@ -130,6 +130,8 @@ class Args:
     fun_noise: float = 0.1  # std of the only draw of --relabeling fun, times half-range
     random_subgoals: float = 0.0  # share of subgoals drawn uniformly; not in the paper
     worker_looks_ahead: bool = True  # a period's last step bootstraps from the next subgoal, as released
+    worker_checkpoint: str | None = None  # model.pt or checkpoint.pt whose worker to start from
+    freeze_worker: bool = False  # it neither learns nor explores
 
     # --- TD3, both levels ---
     hidden: int = 300  # units in each of the two hidden layers
@@ -355,6 +357,10 @@ def check_args(args: Args):
         fail(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
     if args.candidates < 3 and args.relabeling == "off_policy":
         fail("--candidates must be at least 3: the stored subgoal, the displacement and one draw")
+    if args.redrawn_subgoals > 0 and args.freeze_worker:
+        fail("--redrawn-subgoals: not with --freeze-worker: it does not learn")
+    if args.freeze_worker and args.worker_checkpoint is None:
+        fail("--freeze-worker needs --worker-checkpoint PATH, or the worker would never learn")
 
 
 # ------------------------------------------------------------------------------------------------- subgoals
@@ -1031,6 +1037,37 @@ def load_parts(parts: dict, state: dict, path: str):
             fail(f"{path} does not fit these settings ({name}: {why})")
 
 
+def load_worker(worker: TD3, env, args: Args):
+    """The networks of a worker that was trained in another task, for the part of obs that both tasks share.
+
+    AntGather's obs is the ant (29), sensors of apples and bombs (20), time; a maze's is the ant and the time
+    (on AntMaze-Bottleneck the ant alone). Without the weights of what is missing the worker acts as if it
+    read 0, which for a sensor says that there is nothing near. The optimizers start anew.
+    """
+    path = args.worker_checkpoint
+    state = load_checkpoint(path)
+    if "actor" not in state.get("worker", {}):
+        fail(f"{path} has no worker: it is damaged, or of a --flat run")
+    nets, saved = ("actor", "target_actor", "critic", "target_critic"), state["worker"]
+    same = "subgoal_space mask_xy scale_worker_inputs rest_value hidden action_limit"
+    same += " worker_gamma" if args.rest_value else ""
+    for name in same.split():
+        old = state["args"].get(name, getattr(Args, name))
+        if old != getattr(args, name):
+            fail(f"{path} was trained with {name} {old}, this run has {getattr(args, name)}")
+    if args.scale_worker_inputs and state["args"].get("subgoal_limit", ()) != args.subgoal_limit:
+        fail(f"{path} scales its inputs by another subgoal_limit than {args.subgoal_limit}")
+    if SPECS[state["args"]["env"]].kind == "gather" and env.task.kind != "gather":
+        if env.task.kind != "ant" or env.task.observe_block:
+            fail(f"{path} has a worker of AntGather: obs of {args.env} has other entries")
+        robot = env.robot_nq + env.robot_nv  # entries before the sensors
+        for net in nets:
+            weight = saved[net]["layers.0.weight"]  # both kinds of layers have the inputs in dimension 1
+            more = weight.shape[1] - getattr(worker, net).layers[0].weight.shape[1]
+            saved[net]["layers.0.weight"] = torch.cat([weight[:, :robot], weight[:, robot + more :]], 1)
+    load_parts({net: getattr(worker, net) for net in nets}, saved, path)
+
+
 def freeze_run(step: int, loop: SimpleNamespace, env, device) -> dict:
     """What networks and buffers do not hold: counters, the running episode, simulator, generators."""
     generators = {"torch": torch.get_rng_state()}
@@ -1130,6 +1167,7 @@ def make_agents(env, args: Args, device) -> tuple[TD3, TD3]:
     scale = torch.ones(obs_dim + goal_dim + len(half_range), device=device)
     manager = TD3(scale, half_range, args.manager_gamma, noise, args)
     noise = (args.worker_noise, args.worker_target_noise, args.worker_target_noise_clip)
+    noise = (0.0, 0.0, 0.0) if args.freeze_worker else noise
     scale = torch.ones(obs_dim + len(half_range) + len(limit), device=device)
     if args.mask_xy:
         scale[:2] = 0  # a walk is the same everywhere
@@ -1207,6 +1245,9 @@ def main(args: Args):
         print(f"picture: {folder / 'pictures' / 'eval.png'}")
         return
 
+    if args.worker_checkpoint and not args.resume:
+        load_worker(worker, env, args)
+    worker_learns = not args.freeze_worker
     worker_buffer, manager_buffer, segment = make_buffers(env, args, manager, worker, device)
     parts = agents | {"worker_buffer": worker_buffer, "manager_buffer": manager_buffer, "segment": segment}
     period, dims = args.manager_period, len(manager.limit)
@@ -1242,12 +1283,12 @@ def main(args: Args):
         obs, goal, subgoal = loop.obs, loop.goal, loop.subgoal
         warm_up = args.uniform_warmup and step <= args.learning_starts
         uniform_share = 1.0 if warm_up else args.random_subgoals  # of subgoals issued
-        action = explore(worker, obs, subgoal, float(warm_up))
+        action = explore(worker, obs, subgoal, float(warm_up and worker_learns))
 
         # ---- learn from all steps up to the last; a GPU does so while the CPU simulates the next one
         updates = step - args.learning_starts
         with fast_cpu_matmul(args, device):
-            if updates > 0:
+            if updates > 0 and worker_learns:
                 with_actor = updates % args.worker_actor_every == 0
                 loop.losses |= learn_worker(worker, worker_buffer, args, with_actor)
             if updates > 0 and updates % period == 0:

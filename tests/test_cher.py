@@ -533,9 +533,9 @@ def test_last_step_can_be_drawn_but_not_one_beyond(monkeypatch):
 
 
 def test_rows_of_the_worker():
-    batch = random_batch()
+    batch = random_batch(rows=320)
     rows = cher.worker_rows(batch)
-    assert rows.terminated.shape == (32,)
+    assert rows.terminated.shape == (320,)
     for b, step in enumerate(batch.step.tolist()):
         assert torch.equal(rows.obs[b], batch.obs_seq[b, step])
         assert torch.equal(rows.next_obs[b], batch.obs_seq[b, step + 1])

@@ -23,7 +23,7 @@ make_candidates relabel_subgoals
 period_metrics split_observation evaluate writing Recorder
 describe_run append_row to_tensors log_row check_finite save_checkpoint load_checkpoint load_parts freeze_run
 fast_cpu_matmul cuda_graph load_run make_agents make_buffers make_run_dir
-redraw_subgoals safe_norm try_to_render
+redraw_subgoals safe_norm try_to_render load_worker
 """.split()
 # What a method is about: the same name, another text.
 DIFFERENT = """

@@ -1,0 +1,112 @@
+"""--worker-checkpoint and --freeze-worker of hiro.py; cher.py's, the same text, are in test_cher.py."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+
+import hiro
+from common_envs import make_env
+
+CPU = torch.device("cpu")
+NO_EVALUATION = {"eval/success": 0.0, "eval/success_any": 0.0, "eval/return": 0.0, "eval/progress": 0.0}
+
+
+def trained(path, env="AntMaze-U"):
+    """A model.pt with untrained networks whose outputs are not nearly 0."""
+    args = hiro.parse_args(
+        ["--env", env, "--subgoal-limit", "10", "10", "--hidden", "32", "--output-init", "0"]
+    )
+    agents = dict(zip(("manager", "worker"), hiro.make_agents(make_env(env), args, CPU)))
+    hiro.save_checkpoint(agents, args, path)
+    return agents["worker"]
+
+
+def parameters(agent):
+    return [p.clone() for net in (agent.actor, agent.critic, agent.target_actor) for p in net.parameters()]
+
+
+def equal(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+LARGE = "--env AntMaze-ULarge --subgoal-space xy --subgoal-limit 10 10 --scale-worker-inputs".split()
+LARGE += "--no-worker-looks-ahead --worker-gamma 0.95 --output-init 0".split()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_worker_of_another_maze(tmp_path, monkeypatch, frozen):
+    """Frozen, it acts by its policy alone from the first step, and only the manager learns; it resumes."""
+    old = trained(tmp_path / "old.pt")
+    made, make, asked, explore = [], hiro.make_agents, [], hiro.explore
+    monkeypatch.setattr(hiro, "make_agents", lambda *inputs: made.append(make(*inputs)) or made[-1])
+    monkeypatch.setattr(hiro, "evaluate", lambda *inputs: NO_EVALUATION)
+
+    def noted(agent, obs, goal, uniform_share):
+        action = explore(agent, obs, goal, uniform_share)
+        if agent is made[-1][1]:
+            asked.append(np.array_equal(action, agent.act(obs, goal, explore=False)))
+        return action
+
+    monkeypatch.setattr(hiro, "explore", noted)
+    flags = [*LARGE, *TINY, "--total-steps", "85", "--eval-every", "1000", "--save-every", "80"]
+    flags += ["--uniform-warmup", "--run-dir", str(tmp_path / "run"), *["--freeze-worker"] * frozen]
+    hiro.main(hiro.parse_args([*flags, "--worker-checkpoint", str(tmp_path / "old.pt")]))
+    ((manager, worker),) = made
+    assert all(asked) if frozen else not any(asked)
+    assert len(asked) == 85 and equal(parameters(old), parameters(worker)) == frozen
+    assert manager.critic_optimizer.state_dict()["state"][0]["step"] == 2  # at 70 and 80
+    assert bool(worker.critic_optimizer.state_dict()["state"]) != frozen
+
+    (tmp_path / "old.pt").unlink()  # the checkpoint has all that is needed
+    before = parameters(worker), parameters(manager)
+    hiro.main(hiro.parse_args(["--resume", str(tmp_path / "run" / "checkpoint.pt"), "--total-steps", "90"]))
+    manager, worker = made[-1]
+    assert equal(before[0], parameters(worker)) == frozen and not equal(before[1], parameters(manager))
+
+
+def test_loaded_worker_starts_as_it_was(tmp_path):
+    old = trained(tmp_path / "old.pt")
+    env, args = make_env("AntMaze-ULarge"), hiro.parse_args([*LARGE, "--hidden", "32"])
+    args.worker_checkpoint = str(tmp_path / "old.pt")
+    _, worker = hiro.make_agents(env, args, CPU)
+    assert not equal(parameters(old), parameters(worker))
+    hiro.load_worker(worker, env, args)
+    assert equal(parameters(old), parameters(worker))
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        ("--subgoal-limit 2 2", "subgoal_limit"),
+        ("--no-mask-xy", "mask_xy"),
+        ("--hidden 16", "hidden"),
+        ("--subgoal-space full", "subgoal_space"),
+    ],
+)
+def test_settings_that_must_agree(tmp_path, flags, word):
+    trained(tmp_path / "old.pt")
+    env = make_env("AntMaze-ULarge")
+    other = [] if word == "subgoal_space" else ["--subgoal-space", "xy", "--subgoal-limit", "10", "10"]
+    args = hiro.parse_args(["--hidden", "32", *other, "--scale-worker-inputs", *flags.split()])
+    args.worker_checkpoint = str(tmp_path / "old.pt")
+    _, worker = hiro.make_agents(env, args, CPU)
+    with pytest.raises(SystemExit) as stop:
+        hiro.load_worker(worker, env, args)
+    assert stop.value.code.startswith("hiro.py: error: ") and word in stop.value.code
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        ("--freeze-worker", "--worker-checkpoint"),
+        (
+            "--freeze-worker --worker-checkpoint x.pt --redrawn-subgoals 0.5 --no-worker-looks-ahead",
+            "does not learn",
+        ),
+    ],
+)
+def test_impossible_flags(flags, word):
+    with pytest.raises(SystemExit) as stop:
+        hiro.parse_args(["--env", "AntMaze-ULarge", *flags.split()])
+    assert stop.value.code.startswith("hiro.py: error: ") and word in stop.value.code
