@@ -26,7 +26,10 @@ CURVES = {
     "curves_gather_value.png": (COOPERATION, "manager/coop_value"),
     "curves_gather_worker.png": (COOPERATION, "worker/period_return"),
     "curves_transfer.png": (["cher/AntMaze-ULarge/transfer"], "eval/success"),
-    "curves_ularge.png": (["cher/AntMaze-ULarge/fixed", "cher/AntMaze-ULarge/hrl"], "eval/success"),
+    "curves_ularge.png": (
+        ["hiro/AntMaze-ULarge/trained_worker", "cher/AntMaze-ULarge/fixed", "cher/AntMaze-ULarge/hrl"],
+        "eval/success",
+    ),
     "curves_coop.png": (["cher/PointMaze-U/dynamic"], "manager/coop_ratio"),
     "curves_ant.png": (
         [

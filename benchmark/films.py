@@ -15,15 +15,16 @@ import tyro
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-# what is shown of 480 x 480 pixels: the 12 m mazes without their outer walls; others are shown whole
+# what is shown of 480 x 480 pixels: these mazes without their outer walls; others are shown whole
 INSIDE = dict.fromkeys(("AntMaze-U", "PointMaze-U"), (82, 86, 398, 402))
+INSIDE |= {"AntMaze-ULarge": (96, 104, 384, 392)}
 
 
 @dataclass
 class Args:
     agents: Path = HERE / "agents"  # <name>.pt
     out: Path = HERE.parent / "docs" / "pictures"  # gets film_<name>.gif and paths_<name>.png
-    eval_episodes: int = 10  # paths; the first episode is filmed
+    eval_episodes: int = 10  # paths; the first episode of the last goal is filmed
     publish: tuple[Path, str] | None = None  # model.pt and a name: only add it to the agents
 
 
@@ -51,7 +52,8 @@ def film(agent: Path, args: Args):
         flags = ["--eval-only", "--checkpoint", agent, "--run-dir", folder, "--capture-video"]
         flags += ["--eval-episodes", str(args.eval_episodes)]
         subprocess.run([sys.executable, script, *flags], check=True)
-        frames = imageio.imread(Path(folder) / "videos" / "eval_goal0.mp4")[::5]
+        last = sorted((Path(folder) / "videos").glob("eval_goal*.mp4"))[-1]  # of several goals the farthest
+        frames = imageio.imread(last)[::5]
         frames = [Image.fromarray(frame).crop(INSIDE.get(env)).resize((240, 240)) for frame in frames]
         samples = Image.new("RGB", (240 * 8, 240))  # one palette for all, or small things lose their colour
         for i in range(8):
