@@ -150,8 +150,8 @@ class Args:
     hindsight: bool = False  # HAC: store segments with their end as their subgoal, but for deaths ...
     subgoal_testing_rate: float = 0.3  # ... and with this probability also as they were (deaths always)
     flat: bool = False  # one TD3 in the manager's place acts; no worker. Sets manager_period 1, coop_weight 0
-    worker_checkpoint: str | None = None  # model.pt or checkpoint.pt whose worker to start from
-    freeze_worker: bool = False  # it neither learns nor explores
+    worker_checkpoint: str | None = None  # whose worker to start from; a uniform warm-up comes first
+    freeze_worker: bool = False  # it neither learns nor explores, also in the warm-up
 
     # --- TD3, both levels ---
     hidden: int = 256  # units in each of the two hidden layers
@@ -1229,7 +1229,7 @@ def load_worker(worker: TD3, env, args: Args):
     path = args.worker_checkpoint
     state = load_checkpoint(path)
     if "actor" not in state.get("worker", {}):
-        fail(f"{path} has no worker: it is damaged, or of a --flat run")
+        fail(f"{path} has no worker: it is damaged, or of a flat TD3")
     nets, saved = ("actor", "target_actor", "critic", "target_critic"), state["worker"]
     same = "subgoal_space mask_xy scale_worker_inputs rest_value hidden action_limit"
     same += " worker_gamma" if args.rest_value else ""

@@ -130,8 +130,8 @@ class Args:
     fun_noise: float = 0.1  # std of the only draw of --relabeling fun, times half-range
     random_subgoals: float = 0.0  # share of subgoals drawn uniformly; not in the paper
     worker_looks_ahead: bool = True  # a period's last step bootstraps from the next subgoal, as released
-    worker_checkpoint: str | None = None  # model.pt or checkpoint.pt whose worker to start from
-    freeze_worker: bool = False  # it neither learns nor explores
+    worker_checkpoint: str | None = None  # whose worker to start from; a uniform warm-up comes first
+    freeze_worker: bool = False  # it neither learns nor explores, also in the warm-up
 
     # --- TD3, both levels ---
     hidden: int = 300  # units in each of the two hidden layers
@@ -1047,7 +1047,7 @@ def load_worker(worker: TD3, env, args: Args):
     path = args.worker_checkpoint
     state = load_checkpoint(path)
     if "actor" not in state.get("worker", {}):
-        fail(f"{path} has no worker: it is damaged, or of a --flat run")
+        fail(f"{path} has no worker: it is damaged, or of a flat TD3")
     nets, saved = ("actor", "target_actor", "critic", "target_critic"), state["worker"]
     same = "subgoal_space mask_xy scale_worker_inputs rest_value hidden action_limit"
     same += " worker_gamma" if args.rest_value else ""

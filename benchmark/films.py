@@ -52,7 +52,7 @@ def film(agent: Path, args: Args):
         flags = ["--eval-only", "--checkpoint", agent, "--run-dir", folder, "--capture-video"]
         flags += ["--eval-episodes", str(args.eval_episodes)]
         subprocess.run([sys.executable, script, *flags], check=True)
-        last = sorted((Path(folder) / "videos").glob("eval_goal*.mp4"))[-1]  # of several goals the farthest
+        last = sorted((Path(folder) / "videos").glob("eval_goal*.mp4"))[-1]  # of several goals
         frames = imageio.imread(last)[::5]
         frames = [Image.fromarray(frame).crop(INSIDE.get(env)).resize((240, 240)) for frame in frames]
         samples = Image.new("RGB", (240 * 8, 240))  # one palette for all, or small things lose their colour

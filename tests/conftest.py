@@ -49,6 +49,25 @@ def same_numbers_in_any_order():
     np.random.seed(0)
 
 
+NO_EVALUATION = {"eval/success": 0.0, "eval/success_any": 0.0, "eval/return": 0.0, "eval/progress": 0.0}
+
+
+def spy_on_worker(monkeypatch, module):
+    """Agents of each run of the script, and for each action: is it just what the worker's policy says?"""
+    made, by_policy, make, explore = [], [], module.make_agents, module.explore
+
+    def noted(agent, obs, goal, uniform_share):
+        action = explore(agent, obs, goal, uniform_share)
+        if agent is made[-1][1]:
+            by_policy.append(np.array_equal(action, agent.act(obs, goal, explore=False)))
+        return action
+
+    monkeypatch.setattr(module, "make_agents", lambda *inputs: made.append(make(*inputs)) or made[-1])
+    monkeypatch.setattr(module, "explore", noted)
+    monkeypatch.setattr(module, "evaluate", lambda *inputs: NO_EVALUATION)
+    return made, by_policy
+
+
 # Flags with which a script trains in a second or two, and what makes each of its parts run.
 TINY = "--learning-starts 60 --eval-episodes 1 --batch-size 16 --hidden 32 --threads 1 --device cpu".split()
 TINY_OF = {

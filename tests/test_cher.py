@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, ToyEnv, read_rows
+from conftest import NO_EVALUATION, TINY, ToyEnv, read_rows, spy_on_worker
 
 import cher
 import common_envs
@@ -1082,18 +1082,7 @@ def test_workers_that_do_not_transfer(tmp_path, saved, wanted, word):
 def test_frozen_worker(tmp_path, monkeypatch):
     """It neither learns nor explores, also in the warm-up, while the manager learns; then the run resumes."""
     gather_worker(tmp_path / "old.pt", hidden=32)
-    asked, explore = [], cher.explore
-    made, make = [], cher.make_agents
-    monkeypatch.setattr(cher, "make_agents", lambda *inputs: made.append(make(*inputs)) or made[-1])
-
-    def noted(agent, obs, goal, uniform_share):
-        action = explore(agent, obs, goal, uniform_share)
-        if agent is made[-1][1]:
-            asked.append(np.array_equal(action, agent.act(obs, goal, explore=False)))
-        return action
-
-    monkeypatch.setattr(cher, "explore", noted)
-    monkeypatch.setattr(cher, "evaluate", lambda *inputs: NO_EVALUATION)
+    made, asked = spy_on_worker(monkeypatch, cher)
     flags = ["--env", "AntMaze-ULarge", *TINY, "--total-steps", "85", "--eval-every", "1000"]
     flags += ["--save-every", "80", "--run-dir", str(tmp_path / "run"), "--freeze-worker"]
     cher.main(cher.parse_args([*flags, "--worker-checkpoint", str(tmp_path / "old.pt")]))
@@ -1112,9 +1101,6 @@ def test_frozen_worker(tmp_path, monkeypatch):
     cher.main(cher.parse_args(["--resume", str(tmp_path / "run" / "checkpoint.pt"), "--total-steps", "90"]))
     assert same(before, params(made[-1][1])) and not same(params(manager), params(made[-1][0]))
     assert asked == [True] * 90
-
-
-NO_EVALUATION = {"eval/success": 0.0, "eval/success_any": 0.0, "eval/return": 0.0, "eval/progress": 0.0}
 
 
 # ------------------------------------------------------------------------------------------------ resuming

@@ -1,15 +1,13 @@
 """--worker-checkpoint and --freeze-worker of hiro.py; cher.py's, the same text, are in test_cher.py."""
 
-import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, spy_on_worker
 
 import hiro
 from common_envs import make_env
 
 CPU = torch.device("cpu")
-NO_EVALUATION = {"eval/success": 0.0, "eval/success_any": 0.0, "eval/return": 0.0, "eval/progress": 0.0}
 
 
 def trained(path, env="AntMaze-U"):
@@ -23,7 +21,8 @@ def trained(path, env="AntMaze-U"):
 
 
 def parameters(agent):
-    return [p.clone() for net in (agent.actor, agent.critic, agent.target_actor) for p in net.parameters()]
+    nets = agent.actor, agent.critic, agent.target_actor, agent.target_critic
+    return [p.clone() for net in nets for p in net.parameters()]
 
 
 def equal(first, second):
@@ -38,17 +37,7 @@ LARGE += "--no-worker-looks-ahead --worker-gamma 0.95 --output-init 0".split()
 def test_worker_of_another_maze(tmp_path, monkeypatch, frozen):
     """Frozen, it acts by its policy alone from the first step, and only the manager learns; it resumes."""
     old = trained(tmp_path / "old.pt")
-    made, make, asked, explore = [], hiro.make_agents, [], hiro.explore
-    monkeypatch.setattr(hiro, "make_agents", lambda *inputs: made.append(make(*inputs)) or made[-1])
-    monkeypatch.setattr(hiro, "evaluate", lambda *inputs: NO_EVALUATION)
-
-    def noted(agent, obs, goal, uniform_share):
-        action = explore(agent, obs, goal, uniform_share)
-        if agent is made[-1][1]:
-            asked.append(np.array_equal(action, agent.act(obs, goal, explore=False)))
-        return action
-
-    monkeypatch.setattr(hiro, "explore", noted)
+    made, asked = spy_on_worker(monkeypatch, hiro)
     flags = [*LARGE, *TINY, "--total-steps", "85", "--eval-every", "1000", "--save-every", "80"]
     flags += ["--uniform-warmup", "--run-dir", str(tmp_path / "run"), *["--freeze-worker"] * frozen]
     hiro.main(hiro.parse_args([*flags, "--worker-checkpoint", str(tmp_path / "old.pt")]))
