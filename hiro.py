@@ -226,7 +226,22 @@ QUICK: dict[str, dict] = {
         "random_subgoals": 0.5,
         "rest_value": True,
         "redrawn_subgoals": 0.8,
-    }
+    },
+    "AntMaze-ULarge": {
+        "source": "found here: AntMaze-U's, manager's actor at every update; 0.6 at (0, 16) by 450k (docs)",
+        "subgoal_space": "xy",
+        "subgoal_limit": (10.0, 10.0),
+        "random_subgoals": 0.5,
+        "worker_gamma": 0.95,
+        "worker_looks_ahead": False,
+        "scale_worker_inputs": True,
+        "actor_lr": 3e-4,
+        "manager_actor_every": 1,
+        "uniform_warmup": True,
+        "learning_starts": 10_000,
+        "rest_value": True,
+        "redrawn_subgoals": 0.8,
+    },
 }
 
 # Subgoals are about the first entries of obs: x, y, z, quaternion, then hip and ankle of four legs.

@@ -27,7 +27,8 @@ CURVES = {
     "curves_gather_worker.png": (COOPERATION, "worker/period_return"),
     "curves_transfer.png": (["cher/AntMaze-ULarge/transfer"], "eval/success"),
     "curves_ularge.png": (
-        ["hiro/AntMaze-ULarge/trained_worker", "cher/AntMaze-ULarge/fixed", "cher/AntMaze-ULarge/hrl"],
+        ["hiro/AntMaze-ULarge/far_g95", "hiro/AntMaze-ULarge/trained_worker"]
+        + ["cher/AntMaze-ULarge/fixed", "cher/AntMaze-ULarge/hrl"],
         "eval/success",
     ),
     "curves_coop.png": (["cher/PointMaze-U/dynamic"], "manager/coop_ratio"),
@@ -51,6 +52,7 @@ CURVES = {
     ),
     # by GCMR's rule, as W's training episodes end at the goal
     "curves_w.png": (["aclg_gcmr/AntMaze-W/early"], "eval/success_any"),
+    "curves_bottleneck.png": (["aclg_gcmr/AntMaze-Bottleneck/quick"], "eval/success"),
     "curves_ant_worker.png": (["hiro/AntMaze-U", "aclg_gcmr/AntMaze-U"], "worker/progress"),
 }
 
