@@ -150,7 +150,7 @@ class Args:
     hindsight: bool = False  # HAC: store segments with their end as their subgoal, but for deaths ...
     subgoal_testing_rate: float = 0.3  # ... and with this probability also as they were (deaths always)
     flat: bool = False  # one TD3 in the manager's place acts; no worker. Sets manager_period 1, coop_weight 0
-    worker_checkpoint: str | None = None  # whose worker to start from; a uniform warm-up comes first
+    worker_checkpoint: str | None = None  # model.pt whose worker to start from; uniform warm-up comes first
     freeze_worker: bool = False  # it neither learns nor explores, also in the warm-up
 
     # --- TD3, both levels ---

@@ -130,7 +130,7 @@ class Args:
     fun_noise: float = 0.1  # std of the only draw of --relabeling fun, times half-range
     random_subgoals: float = 0.0  # share of subgoals drawn uniformly; not in the paper
     worker_looks_ahead: bool = True  # a period's last step bootstraps from the next subgoal, as released
-    worker_checkpoint: str | None = None  # whose worker to start from; a uniform warm-up comes first
+    worker_checkpoint: str | None = None  # model.pt whose worker to start from; uniform warm-up comes first
     freeze_worker: bool = False  # it neither learns nor explores, also in the warm-up
 
     # --- TD3, both levels ---

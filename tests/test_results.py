@@ -166,3 +166,24 @@ def test_published_runs_have_todays_settings(script):
             for name in today.keys() - run_settings - set(module.RESUME_MAY_CHANGE):
                 assert json.dumps(published[name]) == json.dumps(today[name]), (file, name)
     assert found >= 3 or not (ROOT / "benchmark" / "results" / script).exists()  # a fork has none
+
+
+NOT_LEARNING = {"preset", "seed", "threads", "run_dir", "variant", "total_steps"}
+NOT_LEARNING |= {"eval_every", "eval_episodes", "eval_goals", "save_every"}
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        "hiro/AntMaze-U/quick/seed2",
+        "hiro/AntMaze-ULarge/far_g95/seed1",
+        "aclg_gcmr/AntMaze-Bottleneck/quick/seed1",
+    ],
+)
+def test_quick_presets_are_the_settings_of_their_runs(run):
+    """But for what learning does not see."""
+    config = json.loads((ROOT / "benchmark" / "results" / run / "config.json").read_text())
+    module = importlib.import_module(config["script"])
+    preset = vars(module.parse_args(["--env", config["args"]["env"], "--preset", "quick"]))
+    preset = json.loads(json.dumps(preset))  # tuples as lists, as in the file
+    assert {name for name, value in config["args"].items() if preset[name] != value} <= NOT_LEARNING
