@@ -27,7 +27,7 @@ CURVES = {
     "curves_gather_worker.png": (COOPERATION, "worker/period_return"),
     "curves_transfer.png": (["cher/AntMaze-ULarge/transfer"], "eval/success"),
     "curves_ularge.png": (
-        ["hiro/AntMaze-ULarge/far_g95", "hiro/AntMaze-ULarge/trained_worker"]
+        ["hiro/AntMaze-ULarge/far_g95", "hiro/AntMaze-ULarge/quick", "hiro/AntMaze-ULarge/trained_worker"]
         + ["cher/AntMaze-ULarge/fixed", "cher/AntMaze-ULarge/hrl"],
         "eval/success",
     ),
