@@ -168,7 +168,7 @@ def test_published_runs_have_todays_settings(script):
     assert found >= 3 or not (ROOT / "benchmark" / "results" / script).exists()  # a fork has none
 
 
-NOT_LEARNING = {"preset", "seed", "threads", "run_dir", "variant", "total_steps"}
+NOT_LEARNING = {"preset", "seed", "resume", "threads", "run_dir", "variant", "total_steps"}
 NOT_LEARNING |= {"eval_every", "eval_episodes", "eval_goals", "save_every"}
 
 
