@@ -15,8 +15,9 @@ This is hiro.py with subgoals in x and y and, in the order in which they were pr
 
     every step:
         act, and store as in hiro.py, but with --no-worker-looks-ahead
-        update_worker: critics by critic_loss + gradient_penalty, once a step, more often with the penalty;
-                       at every worker_actor_every-th its actor: -q1, now and then + rollout_planning_loss
+        update_worker: critics by critic_loss, once a step, or five times once the model is trained, when
+                       every fifth update has + gradient_penalty; at every fifth its actor, too: -q1, and with
+                       the model at every tenth of these + rollout_planning_loss
     every manager_period steps:
         update_manager: relabeled critic_loss; -q1 + adjacency_loss + landmark_loss towards plan_landmarks
     at the end of an episode:
@@ -68,7 +69,9 @@ from common_envs import SPECS, make_env
 
 SCRIPT = Path(__file__).stem
 FORMAT = 1  # of checkpoints; to be raised when this version writes what older ones cannot read
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT]
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup ignores
+    STOP_SIGNALS.append(signal.SIGHUP)  # the terminal is gone
 # arguments that --resume, and --eval-only, may change
 RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
 RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
@@ -115,7 +118,7 @@ class Args:
     eval_goals: tuple[float, ...] = ()  # evaluation goals, coordinates in a row; empty: the environment's own
     eval_only: bool = False  # evaluate --checkpoint and stop
     checkpoint: str | None = None  # model.pt or checkpoint.pt of an earlier run, for --eval-only
-    save_every: Count = 0  # environment steps between checkpoints for --resume; 0: on SIGTERM or Ctrl-C only
+    save_every: Count = 0  # environment steps between checkpoints for --resume; 0: when stopped only
     resume: str | None = None  # checkpoint.pt to continue exactly where it stopped
     run_dir: str | None = None  # this run's folder; None: runs/<env>__<script>__<variant>__<seed>__<time>
     variant: str = "default"  # a name for this setting, used in the folder's name
@@ -209,7 +212,7 @@ class Args:
 
     # --- Relabeling (GCMR) ---
     model_relabeling: bool = True  # score candidates on model rollouts; off: on the recorded states (HIRO)
-    rollout_weight: float = 0.95  # w, the i-th state is w^i recorded, 1 - w^i model; 0 or 1: no model
+    rollout_weight: float = 0.95  # w, the i-th state is w^i recorded, 1 - w^i model; 0: model alone; 1: none
     relabel_shift: float = 20.0  # delta_sg at batch_size 128 (at 512: 40); 0: take the best candidate itself
     relabel_norm: Literal["batch", "sample"] = "batch"  # shift / norm of all differences, or each row's
 
@@ -392,7 +395,7 @@ def uses_adjacency(args: Args) -> bool:
 
 
 def relabels_by_model(args: Args) -> bool:
-    return args.model_relabeling and 0 < args.rollout_weight < 1
+    return args.model_relabeling and args.rollout_weight < 1
 
 
 def check_args(args: Args):
@@ -401,8 +404,8 @@ def check_args(args: Args):
         fail(f"the checkpoint is of {args.env}, an environment that common_envs.py here does not have")
     spec = SPECS[args.env]
     for name, value in vars(args).items():
-        if value != value:  # NaN, which no comparison below would refuse
-            fail(f"--{name.replace('_', '-')} is not a number")
+        if isinstance(value, (float, tuple)) and not np.isfinite(value).all():  # comparisons let NaN pass
+            fail(f"--{name.replace('_', '-')} is not a finite number")
     if args.reward is not None and args.reward not in spec.rewards:
         fail(f"--reward {args.reward}: {args.env} has {', '.join(spec.rewards)}")
     positive = """
@@ -417,7 +420,8 @@ def check_args(args: Args):
             fail(f"--{name.replace('_', '-')} must be at least 1")
     not_negative = """
     seed threads save_every actor_lr critic_lr critic_weight_decay adjacency_lr novelty_lr dynamics_lr
-    planner_rows novelty_landmarks adjacency_weight landmark_weight landmark_weight_before_planner
+    planner_rows coverage_landmarks novelty_landmarks novelty_radius path_heat
+    adjacency_weight landmark_weight landmark_weight_before_planner
     relabel_shift gradient_penalty_weight rollout_planning_weight reached_radius candidate_noise
     worker_noise worker_target_noise worker_target_noise_clip rollout_planning_noise
     manager_noise manager_target_noise manager_target_noise_clip dynamics_every adjacency_every
@@ -471,8 +475,9 @@ def check_args(args: Args):
         fail("--adjacency-factor x --manager-period must be at least 2, or no two steps are adjacent")
     if args.landmark_weight > 0 and args.coverage_landmarks < 1:
         fail("--coverage-landmarks must be at least 1 while --landmark-weight is not 0")
-    if args.dynamics_rows < 100:
-        fail("--dynamics-rows must be at least 100, to train on and to hold out some")
+    for name in ("dynamics_rows", "dynamics_starts"):
+        if getattr(args, name) < 100:
+            fail(f"--{name.replace('_', '-')} must be at least 100, to train on some and to hold out some")
     if args.worker_buffer < spec.max_steps:
         fail(f"--worker-buffer must hold an episode of {spec.max_steps} steps")
 
@@ -594,6 +599,8 @@ def adam_step(optimizer, params: list, loss):
 class TD3:
     """One level of the hierarchy (Fujimoto et al. 2018). Only plumbing: what the methods differ in is below.
 
+    goal is what the level is asked for: for the manager the task's goal, for the worker the subgoal.
+
     input_scale [obs_dim + goal_dim + action_dim] multiplies what the networks see, limit [action_dim] bounds
     the action, noise = (exploration std, target smoothing std, its clip) in units of the action. The worker
     also has half_range [D], of its subgoals, for redraw_subgoals, and rest, see Critic.
@@ -689,7 +696,8 @@ class ReplayBuffer:
         self.shapes, self.sizes = shapes, [int(np.prod(shape)) for shape in shapes.values()]
         self.rows = torch.empty(capacity, sum(self.sizes), device=device)  # memory is taken as it fills
         self.added = 0  # entries ever added
-        self.size = torch.zeros((), device=device)  # len(self), where a recorded CUDA graph reads it anew
+        # len(self), where a recorded CUDA graph reads it anew; float32 would round above 2^24
+        self.size = torch.zeros((), dtype=torch.float64, device=device)
 
     def __len__(self) -> int:
         return min(self.added, len(self.rows))
@@ -781,7 +789,7 @@ class DynamicsEnsemble(nn.Module):
         self.register_buffer("input_std", torch.ones(sizes[0]))
         self.register_buffer("delta_mean", torch.zeros(obs_dim))
         self.register_buffer("delta_std", torch.ones(obs_dim))
-        self.register_buffer("low", torch.full((obs_dim,), torch.inf))  # least value seen of each entry
+        self.register_buffer("low", torch.full((obs_dim,), torch.inf))  # least value of each entry so far
         self.register_buffer("high", torch.full((obs_dim,), -torch.inf))
         self.trained_at = 0  # environment step of the last training; 0: not yet
 
@@ -809,11 +817,11 @@ class DynamicsEnsemble(nn.Module):
         return delta[order.argsort()] * self.delta_std + self.delta_mean
 
     def predict_next(self, obs, action):
-        """A draw of s', kept within the box of states seen. [B, obs_dim]"""
+        """A draw of s', kept within the box of the states that it was trained on. [B, obs_dim]"""
         return torch.clamp(obs + self.sample_delta(obs, action), *self.box())
 
     def box(self):
-        """All states seen, and half their range more on each side (the released box grows without end)."""
+        """The states of all trainings, half their range wider on each side (released: it grows on and on)."""
         margin = 0.5 * (self.high - self.low)
         return self.low - margin, self.high + margin
 
@@ -1045,12 +1053,13 @@ def make_candidates(subgoal, displacement, half_range, args: Args):
 def score_candidates(worker: TD3, candidates, batch):
     """Log-likelihood of the recorded actions under each candidate (HIRO). [B, K, D] -> [B, K]
 
-    -1/2 sum_i |a_i - mu(s_i, g_i)|^2 in units of the action's limit; g_i follows the subgoal transition.
+    -1/2 sum_i |a_i - mu(s_i, g_i)|^2 in units of the action's limit (its constant left out, as it is the same
+    for all candidates); g_i follows the subgoal transition.
     B rows, K candidates, D entries of a subgoal, c steps of a period, A entries of an action.
     """
     dims, period = candidates.shape[-1], batch.action_seq.shape[1]
     achieved_seq = batch.obs_seq[:, None, :-1, :dims]  # [B, 1, c, D]
-    # what is left of each candidate at each step [B, K, c, D]
+    # what is left of each candidate at each step, s_0 + g - s_i [B, K, c, D]
     subgoals = subgoal_transition(achieved_seq[:, :, :1], candidates[:, :, None], achieved_seq)
     obs = batch.obs_seq[:, None, :-1].expand(*subgoals.shape[:-1], -1)  # [B, K, c, obs_dim]
     actions = in_blocks(worker.actor, obs.flatten(0, 2), subgoals.flatten(0, 2)).view(*obs.shape[:3], -1)
@@ -1063,9 +1072,10 @@ def score_candidates(worker: TD3, candidates, batch):
 def score_rollouts(worker: TD3, dynamics: DynamicsEnsemble, candidates, batch, half_range, args: Args):
     """score_candidates on states that drift from the recorded ones to those of the model. [B, K, D] -> [B, K]
 
-    What the present worker would do under another subgoal leads elsewhere: from the second step on it acts in
-    w^i x recorded + (1 - w^i) x predicted states (GCMR). The model's share grows from 5 to 37 %. Subgoals are
-    clipped at each step, unlike in score_candidates.
+    The recorded states are where the old worker went, the model's where the present one would go under this
+    candidate. From the second step on it acts in w^i x recorded + (1 - w^i) x predicted states, i = 1, 2, ..
+    (GCMR): the model's errors add up, so that its share grows slowly, from 5 to 37 %. Subgoals are clipped at
+    each step, unlike in score_candidates.
     """
     batch_size, count, dims = candidates.shape
     obs = batch.obs_seq[:, 0].repeat_interleave(count, 0)  # [B * K, obs_dim]
@@ -1138,8 +1148,11 @@ def farthest_point_sample(points, count: int):
     return torch.stack(chosen), apart
 
 
-# n landmarks, G goals (one per row of the batch). An edge from i to j is what the worker's Q says at i of the
-# target j, at most 0.
+# How far is it from i to j for the worker? Its reward is minus the distance left, so its Q at i of the
+# subgoal to j is minus a discounted sum of distances: the higher, the nearer. With gamma 0.95 an ant that
+# rests has -20 per metre; -38 (edge_cutoff) is 1.9 m for it, 3.6 m for one that walks 1 m per period straight
+# to its target, and -10 (direct_value) 0.5 m and 1.6 m. An edge is such a value, at most 0. n landmarks, G
+# goals (one per row of the batch). Shapes are fixed, for CUDA graphs: empty places stay, but lead nowhere.
 
 
 def edge_values(worker: TD3, obs, targets):
@@ -1154,14 +1167,15 @@ def edge_values(worker: TD3, obs, targets):
 
 
 def clip_edges(edges, cutoff: float):
-    """Cut edges [n, n + G] below the cutoff, but not the best one into each node, or nothing might reach it.
+    """Cut edges [n, n + G] that are below the cutoff and not the best one into their node. float64
 
-    Cut is -1e6, not -inf: with no way left at all the least bad one is still the largest.
+    Without the exception nothing might reach a node. Cut is -1e6, not -inf: with no way left at all the least
+    bad one is still the largest.
     """
     itself = torch.eye(*edges.shape, dtype=torch.bool, device=edges.device)
     edges = edges.double()
     best = edges.masked_fill(itself, -torch.inf).amax(0)  # [n + G]
-    cut = edges < best.clamp(max=cutoff)
+    cut = edges < best.clamp(max=cutoff)  # min(best, cutoff)
     return torch.where(cut, edges - 1e6, edges).masked_fill(itself, 0.0)
 
 
@@ -1247,7 +1261,11 @@ class LandmarkGraph(nn.Module):
 
 @torch.no_grad()
 def plan_landmarks(worker: TD3, graph: LandmarkGraph, obs, goal, args: Args):
-    """The pseudo-landmarks at which the subgoals should aim. obs [B, obs_dim], goal [B, D] -> [B, D]"""
+    """The pseudo-landmarks at which the subgoals should aim. obs [B, obs_dim], goal [B, D] -> [B, D]
+
+    Edges among the landmarks, and from them to each row's goal; the best path from each landmark to each
+    goal; for each row the landmark with the best sum of the edge to it and its path.
+    """
     dims = goal.shape[-1]
     landmarks = graph.obs[:, :dims]
     with planner_precision(args, obs):
@@ -1291,8 +1309,10 @@ def landmark_loss(adjacency: Adjacency, achieved, subgoal, pseudo_landmark, args
 def gradient_penalty(worker: TD3, dynamics: DynamicsEnsemble, obs, subgoal, args: Args) -> tuple:
     """Hinge on the critics' gradient by the action (GCMR). Returns it and numbers for the log.
 
-    The paper's bound on how fast Q changes with the action: k = sqrt(A) L_r / (1 - gamma), with L_r the
-    steepest slope of the model's reward in the batch. obs [B, obs_dim], subgoal [B, D].
+    Q is a discounted sum of rewards, so it should not change faster with the action than the reward does,
+    over 1 - gamma; a steeper critic makes up differences between actions. The paper's bound is k = sqrt(A)
+    L_r / (1 - gamma), one number per batch, with L_r the steepest slope in it of the reward -|s + g - s'| =
+    -|g - change| under the model. obs [B, obs_dim], subgoal [B, D].
 
     As released the reward is unscaled: with --worker-reward-scale 1.5 (AntPush-Small) k is too low.
     """
@@ -1303,6 +1323,22 @@ def gradient_penalty(worker: TD3, dynamics: DynamicsEnsemble, obs, subgoal, args
         subgoal = subgoal.repeat_interleave(args.gradient_penalty_copies, 0)
         action = 2 * torch.rand(len(obs), len(worker.limit), device=obs.device) - 1
     return penalty_at(worker, dynamics, obs, subgoal, action, args)
+
+
+def penalty_at(worker: TD3, dynamics: DynamicsEnsemble, obs, subgoal, action, args: Args) -> tuple:
+    """gradient_penalty at given actions [B, A]; apart, for the tests."""
+    action = action.requires_grad_()
+    change = dynamics.sample_delta(obs, action)[:, : subgoal.shape[-1]]
+    distance = (change - subgoal).norm(dim=-1)  # minus the model's reward
+    reward_slope = torch.autograd.grad(distance.sum(), action)[0].norm(dim=-1).amax()
+    bound = action.shape[-1] ** 0.5 / (1 - worker.gamma) * reward_slope
+    if args.gradient_penalty_form == "released":
+        bound = bound / len(action)
+    slope = action_slope(worker.critic, obs, subgoal, action.detach())  # [2, B, A]
+    norm = (slope.square().sum(-1) + 1e-12).sqrt()
+    diagnostics = {"worker/gradient_bound": bound, "worker/gradient_norm": norm.mean()}
+    diagnostics["worker/reward_slope"] = reward_slope
+    return F.relu(norm - bound).square().sum(0).mean(), diagnostics
 
 
 def action_slope(critic: Critic, obs, goal, action):
@@ -1320,22 +1356,6 @@ def action_slope(critic: Critic, obs, goal, action):
     weights = [layer.weight.mT for layer in critic.layers]  # [2, fan_out, fan_in]
     slope = (masks[0] * ((masks[1] * weights[2]) @ weights[1])) @ weights[0]
     return (slope * critic.input_scale)[..., -action.shape[-1] :]
-
-
-def penalty_at(worker: TD3, dynamics: DynamicsEnsemble, obs, subgoal, action, args: Args) -> tuple:
-    """gradient_penalty at given actions [B, A]; apart, for the tests."""
-    action = action.requires_grad_()
-    change = dynamics.sample_delta(obs, action)[:, : subgoal.shape[-1]]
-    distance = (change - subgoal).norm(dim=-1)  # minus the model's reward
-    reward_slope = torch.autograd.grad(distance.sum(), action)[0].norm(dim=-1).amax()
-    bound = action.shape[-1] ** 0.5 / (1 - worker.gamma) * reward_slope
-    if args.gradient_penalty_form == "released":
-        bound = bound / len(action)
-    slope = action_slope(worker.critic, obs, subgoal, action.detach())  # [2, B, A]
-    norm = (slope.square().sum(-1) + 1e-12).sqrt()
-    diagnostics = {"worker/gradient_bound": bound, "worker/gradient_norm": norm.mean()}
-    diagnostics["worker/reward_slope"] = reward_slope
-    return F.relu(norm - bound).square().sum(0).mean(), diagnostics
 
 
 def rollout_planning_loss(manager: TD3, worker: TD3, dynamics: DynamicsEnsemble, obs, goal, args: Args):
@@ -1372,7 +1392,7 @@ def planning_value_loss(manager: TD3, worker: TD3, dynamics: DynamicsEnsemble, o
 
 
 class UpdateCounts:
-    """Which terms are due at the worker's next critic update. The model's count from its first training."""
+    """Which terms are due at the worker's next critic update. *_with_model: since the model was trained."""
 
     def __init__(self):
         self.critic = self.critic_with_model = self.actor_with_model = 0
@@ -1410,7 +1430,7 @@ def redraw_subgoals(worker: TD3, batch, args: Args):
     achieved, next_achieved = batch.obs[:, :dims], batch.next_obs[:, :dims]
     subgoal = (2 * torch.rand_like(batch.subgoal) - 1) * worker.half_range
     next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
-    # batch.reward is -own times what no subgoal changes: 1 / (1 - gamma) at a death, a reward scale if any
+    # batch.reward is -own times what holds for any subgoal: 1 / (1 - gamma) at a death, a reward scale if any
     own = safe_norm(subgoal_transition(achieved, batch.subgoal, next_achieved))
     reward = batch.reward * safe_norm(next_subgoal) / own
     chosen = torch.rand_like(batch.reward) < args.redrawn_subgoals
@@ -1502,7 +1522,7 @@ def update_manager(
         if with_planner:
             pseudo_landmark = plan_landmarks(worker, graph, obs[:rows], batch.goal[:rows], args)
             weight = args.landmark_weight
-        else:  # as released, the landmark is where the robot is: pulls the subgoal to 0
+        else:  # as released, perhaps by mistake: the landmark is where the robot is, so subgoals go to 0
             pseudo_landmark = here
             weight = args.landmark_weight * args.landmark_weight_before_planner
         to_landmark = landmark_loss(adjacency, here, subgoal[:rows], pseudo_landmark, args)
@@ -1658,8 +1678,8 @@ class Recorder:
         figure, path = self.draw(), self.folder / "pictures" / f"{self.name}.png"
         with writing(path):
             figure.savefig(path)
-        if writer is not None:
-            writer.add_figure("eval/paths", figure, step)
+            if writer is not None:
+                writer.add_figure("eval/paths", figure, step)
 
     def close_film(self):
         if self.film:
@@ -1727,6 +1747,12 @@ def to_tensors(tree):
     return torch.from_numpy(tree.copy()) if isinstance(tree, np.ndarray) else tree
 
 
+def say(progress: tqdm, line: str):
+    """A line to the console. One that is gone (ssh, a `| tee` that Ctrl-C ended) must not cost the run."""
+    with contextlib.suppress(OSError):
+        progress.write(line)
+
+
 def log_row(row: dict, run_dir: Path, writer: SummaryWriter, progress: tqdm):
     """One evaluation to progress.csv, TensorBoard and the console."""
     append_row(run_dir / "progress.csv", row)
@@ -1736,10 +1762,11 @@ def log_row(row: dict, run_dir: Path, writer: SummaryWriter, progress: tqdm):
     except OSError as error:
         fail(f"cannot write TensorBoard events to {run_dir}: {error}; progress.csv has this evaluation")
     progress.set_postfix(success=row["eval/success"], refresh=False)
-    progress.write(
+    line = (
         f"step {row['step']}: success {row['eval/success']:.2f} (any step {row['eval/success_any']:.2f}), "
         f"return {row['eval/return']:.1f}, progress {row['eval/progress']:.2f} m, {row['steps_per_second']}/s"
     )
+    say(progress, line)
 
 
 def check_finite(losses: dict, step: int, run_dir: Path) -> dict:
@@ -1816,8 +1843,10 @@ def fast_cpu_matmul(args: Args, device):
     x86 = platform.machine() in ("x86_64", "AMD64")
     if args.fast_matmul and device.type == "cpu" and x86 and not torch.cpu._is_amx_tile_supported():
         torch.set_float32_matmul_precision("medium")
-        yield
-        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision("highest")
     else:
         yield
 
@@ -1979,7 +2008,7 @@ def main(args: Args):
         return
 
     worker_buffer, manager_buffer, segment = make_buffers(env, args, manager, worker, device)
-    adam = dict(fused=True)  # not capturable: the first two trainings are not recorded as CUDA graphs
+    adam = dict(fused=True)  # not capturable: the trainings of these two are not recorded as CUDA graphs
     dynamics_optimizer = torch.optim.Adam(dynamics.parameters(), args.dynamics_lr, **adam)
     adjacency_optimizer = torch.optim.Adam(adjacency.parameters(), args.adjacency_lr, **adam)
     adam["capturable"] = device.type == "cuda"
@@ -2000,7 +2029,8 @@ def main(args: Args):
     loop.episode_steps = 0
     loop.obs, loop.goal = split_observation(env.reset(seed=args.seed)[0])
     env.get_state()  # an environment of yours that has none fails here, not when it is to be saved
-    loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, float(args.uniform_warmup))
+    uniform_share = 1.0 if args.uniform_warmup else args.random_subgoals
+    loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, uniform_share)
     segment.start(loop.obs)
     if args.resume:
         first_step, loop = load_run(args.resume, parts, env, device, loop)
@@ -2008,7 +2038,7 @@ def main(args: Args):
             group["capturable"] = device.type == "cuda"  # the file may come from another device
         if first_step > args.total_steps:
             fail(f"{args.resume} is at step {first_step - 1} already; raise --total-steps")
-    run_dir = make_run_dir(args)  # after all refusals: its config.json still tells who wrote the checkpoint
+    run_dir = make_run_dir(args)  # after all refusals: a refused --resume leaves the run's config.json alone
     learn_worker, learn_manager = (cuda_graph(f, args, device) for f in (update_worker, update_manager))
     learn_novelty = cuda_graph(update_novelty, args, device)
     stop = []  # signals received
@@ -2016,16 +2046,17 @@ def main(args: Args):
     def ask_to_stop(number, frame):
         stop.append(number)
         with contextlib.suppress(OSError):  # Ctrl-C may have ended a reader of stderr, too
-            os.write(2, b"\nstopping after this step, with a checkpoint\n")
+            os.write(2, b"\nstopping after this step (or its evaluation), with a checkpoint\n")
 
     handlers = {number: signal.signal(number, ask_to_stop) for number in STOP_SIGNALS}
-    writer = SummaryWriter(str(run_dir), purge_step=first_step)
-    writer.add_text("config", f"```\n{(run_dir / 'config.json').read_text()}```", first_step)
+    with writing(run_dir / "events"):
+        writer = SummaryWriter(str(run_dir), purge_step=first_step)
+        writer.add_text("config", f"```\n{(run_dir / 'config.json').read_text()}```", first_step)
     progress = tqdm(total=args.total_steps, initial=first_step - 1, unit="step", mininterval=2, disable=None)
     begin, last_time, last_step = time.time() - loop.seconds, time.time(), first_step - 1
 
     for step in range(first_step, args.total_steps + 1):
-        # ---- act
+        # ---- act; loop.first_subgoal: as the manager issued it; subgoal: what is left of it now
         obs, goal, subgoal = loop.obs, loop.goal, loop.subgoal
         warm_up = args.uniform_warmup and step <= args.learning_starts
         uniform_share = 1.0 if warm_up else args.random_subgoals  # of subgoals issued
@@ -2041,7 +2072,7 @@ def main(args: Args):
                 loop.losses |= learn_worker(
                     worker, manager, dynamics, worker_buffer, manager_buffer, args, **due
                 )
-            if updates > 0 and updates % period == 0:
+            if updates > 0 and updates % period == 0:  # wherever the segment stands
                 modules = (manager, worker, dynamics, adjacency, novelty, graph)
                 with_model = relabels_by_model(args) and dynamics.trained_at > 0
                 with_planner = args.landmark_weight > 0 and step >= args.planner_starts
@@ -2055,8 +2086,8 @@ def main(args: Args):
         achieved, next_achieved, episode_over = obs[:dims], next_obs[:dims], terminated or truncated
         next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
         worker_reward = intrinsic_reward(achieved, subgoal, next_achieved)
-        # easy to overlook: a death counts as staying there for ever. Rewards are negative, so a value of 0
-        # would reward dying; and no step starts from a dead state: a bootstrap from one is never corrected
+        # easy to overlook: after a death the distance is paid for ever, r + gamma r + .. = r / (1 - gamma). A
+        # mere end, worth 0, would reward dying; a bootstrap would read Q where nothing is ever learned
         if info["dead"]:
             worker_reward /= 1 - args.worker_gamma
         segment.add(action, reward, next_obs)
@@ -2090,7 +2121,7 @@ def main(args: Args):
             terminated=info["dead"] or (episode_over and args.time_limit_is_terminal),
         )
         loop.episode_steps += 1
-        loop.obs, loop.subgoal = next_obs, loop.first_subgoal if issued else next_subgoal
+        loop.obs, loop.subgoal = next_obs, (loop.first_subgoal if issued else next_subgoal)
         loop.heights.append(info["torso_height"])
         loop.flips.append(info["upside_down"])
         loop.episode_return += float(reward)
@@ -2127,7 +2158,6 @@ def main(args: Args):
             row["steps_per_second"] = round((step - last_step) / (time.time() - last_time), 1)
             recorder = Recorder(eval_env, run_dir, f"step_{step:09d}", novelty.landmarks())
             row |= evaluate(eval_env, manager, worker, args, eval_seed + step, recorder)
-            recorder.save(writer, step)
             row |= period_metrics("worker", loop.periods, args.reached_radius)
             row["worker/torso_height"] = float(np.mean(loop.heights))
             row["worker/upside_down"] = float(np.mean(loop.flips))
@@ -2135,6 +2165,7 @@ def main(args: Args):
             row |= check_finite(loop.losses, step, run_dir)
             log_row(row, run_dir, writer, progress)
             save_checkpoint(agents, args, run_dir / "model.pt")
+            recorder.save(writer, step)
             loop.periods, loop.heights, loop.flips, loop.returns = [], [], [], []
             last_time, last_step = time.time(), step
         if stop or (args.save_every and (step % args.save_every == 0 or step == args.total_steps)):
@@ -2142,10 +2173,11 @@ def main(args: Args):
             loop.seconds = time.time() - begin
             save_checkpoint(parts, args, run_dir / "checkpoint.pt", loop=freeze_run(step, loop, env, device))
         if stop:
-            progress.write(f"stopped at step {step}; continue with --resume {run_dir / 'checkpoint.pt'}")
+            say(progress, f"stopped at step {step}; continue with --resume {run_dir / 'checkpoint.pt'}")
             break
     progress.close()
-    writer.close()
+    with writing(run_dir / "events"):
+        writer.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

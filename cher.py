@@ -31,6 +31,9 @@ change of `achieved`, the first entries of obs. Both levels learn from the same 
     python cher.py --flat                                     # TD3 without a hierarchy
     python cher.py --worker-checkpoint PATH --freeze-worker   # a new manager for a trained worker
 
+The method is in the sections subgoals, replay (sample_segments), cooperation and updates, and in main's loop;
+the rest is as in hiro.py.
+
 Off by default, for a worker that learns faster: --redrawn-subgoals (an ablation in HIRO's paper) and
 --rest-value (in no paper that we know).
 """
@@ -72,7 +75,9 @@ from common_envs import SPECS, make_env
 
 SCRIPT = Path(__file__).stem
 FORMAT = 1  # of checkpoints; to be raised when this version writes what older ones cannot read
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT]
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup ignores
+    STOP_SIGNALS.append(signal.SIGHUP)  # the terminal is gone
 # arguments that --resume, and --eval-only, may change
 RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
 RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
@@ -119,7 +124,7 @@ class Args:
     eval_goals: tuple[float, ...] = ()  # evaluation goals, coordinates in a row; empty: the environment's own
     eval_only: bool = False  # evaluate --checkpoint and stop
     checkpoint: str | None = None  # model.pt or checkpoint.pt of an earlier run, for --eval-only
-    save_every: Count = 0  # environment steps between checkpoints for --resume; 0: on SIGTERM or Ctrl-C only
+    save_every: Count = 0  # environment steps between checkpoints for --resume; 0: when stopped only
     resume: str | None = None  # checkpoint.pt to continue exactly where it stopped
     run_dir: str | None = None  # this run's folder; None: runs/<env>__<script>__<variant>__<seed>__<time>
     variant: str = "default"  # a name for this setting, used in the folder's name
@@ -143,7 +148,7 @@ class Args:
     coop_form: Literal["released", "theorem"] = "released"  # of cooperative_loss: released code or Theorem 1
     coop_delta: float | None = None  # below 0: learn lambda for this coop_value; HRL prints one
     coop_log_weight: float = -4.2  # log of a learned lambda at the start; its Adam has the actors' rate
-    coop_starts: int = 1_000  # manager updates before lambda moves
+    coop_starts: Count = 1_000  # manager updates before lambda moves
     coop_reference: float | None = None  # J_HRL, the worker's value under HRL, to log the cooperation ratio
 
     # --- Baselines and transfer (CHER section 5) ---
@@ -217,7 +222,7 @@ PRESETS: dict[str, dict] = {
         "total_steps": 300_000,
     },
     "AntMaze-U": {
-        "source": "CHER's values; not in its paper and not run here; length of training as in HIGL",
+        "source": "CHER's values; not in its paper and not run here; length as HIGL's on AntMaze-U",
         "total_steps": 1_000_000,
     },
     "AntMaze-UStochastic": {"source": "as AntMaze-U", "total_steps": 1_000_000},
@@ -228,7 +233,7 @@ PRESETS: dict[str, dict] = {
         "total_steps": 3_000_000,
     },
     "AntPush-Small": {
-        "source": "CHER's values; not in its paper. obs starts x, y, block x, y: no full subgoals",
+        "source": "CHER's values, length chosen here; obs starts x, y, block x, y: no full subgoals",
         "subgoal_space": "xy",
         "total_steps": 1_000_000,
     },
@@ -311,8 +316,8 @@ def check_args(args: Args):
         fail(f"the checkpoint is of {args.env}, an environment that common_envs.py here does not have")
     spec = SPECS[args.env]
     for name, value in vars(args).items():
-        if value != value:  # NaN, which no comparison below would refuse
-            fail(f"--{name.replace('_', '-')} is not a number")
+        if isinstance(value, (float, tuple)) and not np.isfinite(value).all():  # comparisons let NaN pass
+            fail(f"--{name.replace('_', '-')} is not a finite number")
     if args.reward is not None and args.reward not in spec.rewards:
         fail(f"--reward {args.reward}: {args.env} has {', '.join(spec.rewards)}")
     positive = """
@@ -361,10 +366,10 @@ def check_args(args: Args):
         fail(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
     if args.candidates < 3 and args.relabeling == "off_policy":
         fail("--candidates must be at least 3: the stored subgoal, the displacement and one draw")
-    if not args.coop_weight >= 0:  # also NaN
+    if args.coop_weight < 0:
         fail("--coop-weight must not be below 0: the manager would seek what the worker cannot reach")
     for name in ("coop_delta", "coop_reference"):
-        if getattr(args, name) is not None and not getattr(args, name) < 0:
+        if getattr(args, name) is not None and getattr(args, name) >= 0:
             fail(f"--{name.replace('_', '-')} must be below 0, as the worker's rewards are")
     if args.worker_buffer < args.manager_period:
         fail("--worker-buffer must hold at least one segment of --manager-period steps")
@@ -376,7 +381,7 @@ def check_args(args: Args):
     if args.coop_delta is not None and args.coop_weight == 0:
         fail("--coop-weight 0 switches cooperation off, --coop-delta learns its weight: choose one of them")
     if args.redrawn_subgoals > 0 and (args.hindsight or args.freeze_worker):
-        other = "--hindsight, HAC's own way of it" if args.hindsight else "--freeze-worker: it does not learn"
+        other = "--hindsight, HAC's own way of it" if args.hindsight else "a worker that does not learn"
         fail(f"--redrawn-subgoals: not with {other}")
     if args.freeze_worker and args.worker_checkpoint is None:
         fail("--freeze-worker needs --worker-checkpoint PATH, or the worker would never learn")
@@ -499,6 +504,8 @@ def adam_step(optimizer, params: list, loss):
 class TD3:
     """One level of the hierarchy (Fujimoto et al. 2018). Only plumbing: what the methods differ in is below.
 
+    goal is what the level is asked for: for the manager the task's goal, for the worker the subgoal.
+
     input_scale [obs_dim + goal_dim + action_dim] multiplies what the networks see, limit [action_dim] bounds
     the action, noise = (exploration std, target smoothing std, its clip) in units of the action. The worker
     also has half_range [D], of its subgoals, for redraw_subgoals, and rest, see Critic.
@@ -610,7 +617,8 @@ class ReplayBuffer:
         self.shapes, self.sizes = shapes, [int(np.prod(shape)) for shape in shapes.values()]
         self.rows = torch.empty(capacity, sum(self.sizes), device=device)  # memory is taken as it fills
         self.added = 0  # entries ever added
-        self.size = torch.zeros((), device=device)  # len(self), where a recorded CUDA graph reads it anew
+        # len(self), where a recorded CUDA graph reads it anew; float32 would round above 2^24
+        self.size = torch.zeros((), dtype=torch.float64, device=device)
 
     def __len__(self) -> int:
         return min(self.added, len(self.rows))
@@ -681,7 +689,10 @@ class Segment:
 
 
 def sample_segments(buffer: ReplayBuffer, args: Args) -> SimpleNamespace:
-    """Segments for both levels, and of each one random step for the worker, [B]."""
+    """Segments for the manager, and batch.step: of each one random step for the worker, [B].
+
+    The manager's cooperative_loss asks the worker about the same steps.
+    """
     batch = buffer.sample(args.batch_size)
     batch.subgoal = batch.subgoal_seq[:, 0]
     # easy to overlook: any of its own n steps; the released code from October 2020 on never draws the last
@@ -721,12 +732,13 @@ def make_candidates(subgoal, displacement, half_range, args: Args):
 def score_candidates(worker: TD3, candidates, batch):
     """Log-likelihood of the recorded actions under each candidate (HIRO). [B, K, D] -> [B, K]
 
-    -1/2 sum_i |a_i - mu(s_i, g_i)|^2 in units of the action's limit; g_i follows the subgoal transition.
+    -1/2 sum_i |a_i - mu(s_i, g_i)|^2 in units of the action's limit (its constant left out, as it is the same
+    for all candidates); g_i follows the subgoal transition.
     B rows, K candidates, D entries of a subgoal, c steps of a period, A entries of an action.
     """
     dims, period = candidates.shape[-1], batch.action_seq.shape[1]
     achieved_seq = batch.obs_seq[:, None, :-1, :dims]  # [B, 1, c, D]
-    # what is left of each candidate at each step [B, K, c, D]
+    # what is left of each candidate at each step, s_0 + g - s_i [B, K, c, D]
     subgoals = subgoal_transition(achieved_seq[:, :, :1], candidates[:, :, None], achieved_seq)
     obs = batch.obs_seq[:, None, :-1].expand(*subgoals.shape[:-1], -1)  # [B, K, c, obs_dim]
     actions = in_blocks(worker.actor, obs.flatten(0, 2), subgoals.flatten(0, 2)).view(*obs.shape[:3], -1)
@@ -777,6 +789,7 @@ def cooperative_loss(worker: TD3, batch, subgoal, args: Args):
     # 2019; later it moved on to the end of the segment and counted `achieved` twice: not followed
     moved_on = subgoal_transition(batch.obs_seq[:, 0, :dims], subgoal, achieved)  # [B, D]
     left = subgoal_transition(achieved, moved_on, next_achieved)
+    # both forms count the step's reward once more beside Q, which has it already
     if args.coop_form == "released":  # along Q's subgoal, at the recorded action; lambda was tuned for this
         q = worker.critic.q1(rows.obs, moved_on, rows.action)
         reward = -left.square().mean()
@@ -828,7 +841,7 @@ def redraw_subgoals(worker: TD3, batch, args: Args):
     achieved, next_achieved = batch.obs[:, :dims], batch.next_obs[:, :dims]
     subgoal = (2 * torch.rand_like(batch.subgoal) - 1) * worker.half_range
     next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
-    # batch.reward is -own times what no subgoal changes: 1 / (1 - gamma) at a death, a reward scale if any
+    # batch.reward is -own times what holds for any subgoal: 1 / (1 - gamma) at a death, a reward scale if any
     own = safe_norm(subgoal_transition(achieved, batch.subgoal, next_achieved))
     reward = batch.reward * safe_norm(next_subgoal) / own
     chosen = torch.rand_like(batch.reward) < args.redrawn_subgoals
@@ -1054,8 +1067,8 @@ class Recorder:
         figure, path = self.draw(), self.folder / "pictures" / f"{self.name}.png"
         with writing(path):
             figure.savefig(path)
-        if writer is not None:
-            writer.add_figure("eval/paths", figure, step)
+            if writer is not None:
+                writer.add_figure("eval/paths", figure, step)
 
     def close_film(self):
         if self.film:
@@ -1123,6 +1136,12 @@ def to_tensors(tree):
     return torch.from_numpy(tree.copy()) if isinstance(tree, np.ndarray) else tree
 
 
+def say(progress: tqdm, line: str):
+    """A line to the console. One that is gone (ssh, a `| tee` that Ctrl-C ended) must not cost the run."""
+    with contextlib.suppress(OSError):
+        progress.write(line)
+
+
 def log_row(row: dict, run_dir: Path, writer: SummaryWriter, progress: tqdm):
     """One evaluation to progress.csv, TensorBoard and the console."""
     append_row(run_dir / "progress.csv", row)
@@ -1132,10 +1151,11 @@ def log_row(row: dict, run_dir: Path, writer: SummaryWriter, progress: tqdm):
     except OSError as error:
         fail(f"cannot write TensorBoard events to {run_dir}: {error}; progress.csv has this evaluation")
     progress.set_postfix(success=row["eval/success"], refresh=False)
-    progress.write(
+    line = (
         f"step {row['step']}: success {row['eval/success']:.2f} (any step {row['eval/success_any']:.2f}), "
         f"return {row['eval/return']:.1f}, progress {row['eval/progress']:.2f} m, {row['steps_per_second']}/s"
     )
+    say(progress, line)
 
 
 def delta_hint(run_dir: Path) -> str:
@@ -1268,8 +1288,10 @@ def fast_cpu_matmul(args: Args, device):
     x86 = platform.machine() in ("x86_64", "AMD64")
     if args.fast_matmul and device.type == "cpu" and x86 and not torch.cpu._is_amx_tile_supported():
         torch.set_float32_matmul_precision("medium")
-        yield
-        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision("highest")
     else:
         yield
 
@@ -1446,13 +1468,14 @@ def main(args: Args):
     loop.worker_returns, loop.coop_values = [], []
     loop.obs, loop.goal = split_observation(env.reset(seed=args.seed)[0])
     env.get_state()  # an environment of yours that has none fails here, not when it is to be saved
-    loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, float(args.uniform_warmup))
+    uniform_share = 1.0 if args.uniform_warmup else args.random_subgoals
+    loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, uniform_share)
     segment.start(loop.obs, loop.subgoal)
     if args.resume:
         first_step, loop = load_run(args.resume, parts, env, device, loop)
         if first_step > args.total_steps:
             fail(f"{args.resume} is at step {first_step - 1} already; raise --total-steps")
-    run_dir = make_run_dir(args)  # after all refusals: its config.json still tells who wrote the checkpoint
+    run_dir = make_run_dir(args)  # after all refusals: a refused --resume leaves the run's config.json alone
     # recorded updates read the batch at the place where sample's recording writes it: no other batch will do
     sample, learn_worker, learn_manager = (
         cuda_graph(f, args, device) for f in (sample_segments, update_worker, update_manager)
@@ -1462,16 +1485,17 @@ def main(args: Args):
     def ask_to_stop(number, frame):
         stop.append(number)
         with contextlib.suppress(OSError):  # Ctrl-C may have ended a reader of stderr, too
-            os.write(2, b"\nstopping after this step, with a checkpoint\n")
+            os.write(2, b"\nstopping after this step (or its evaluation), with a checkpoint\n")
 
     handlers = {number: signal.signal(number, ask_to_stop) for number in STOP_SIGNALS}
-    writer = SummaryWriter(str(run_dir), purge_step=first_step)
-    writer.add_text("config", f"```\n{(run_dir / 'config.json').read_text()}```", first_step)
+    with writing(run_dir / "events"):
+        writer = SummaryWriter(str(run_dir), purge_step=first_step)
+        writer.add_text("config", f"```\n{(run_dir / 'config.json').read_text()}```", first_step)
     progress = tqdm(total=args.total_steps, initial=first_step - 1, unit="step", mininterval=2, disable=None)
     begin, last_time, last_step = time.time() - loop.seconds, time.time(), first_step - 1
 
     for step in range(first_step, args.total_steps + 1):
-        # ---- act
+        # ---- act; loop.first_subgoal: as the manager issued it; subgoal: what is left of it now
         obs, goal, subgoal = loop.obs, loop.goal, loop.subgoal
         warm_up = args.uniform_warmup and step <= args.learning_starts
         uniform_share = 1.0 if warm_up else args.random_subgoals  # of subgoals issued
@@ -1482,7 +1506,7 @@ def main(args: Args):
         with fast_cpu_matmul(args, device):
             if updates > 0:
                 batch = sample(buffer, args)
-            if updates > 0 and updates % period == 0:
+            if updates > 0 and updates % period == 0:  # wherever the segment stands
                 with_actor = updates % (period * args.manager_actor_every) == 0
                 due = (with_actor, args.coop_delta is not None and updates > period * args.coop_starts)
                 loop.losses |= learn_manager(manager, worker, coop_weight, batch, args, *due)
@@ -1498,8 +1522,8 @@ def main(args: Args):
         achieved, next_achieved, episode_over = obs[:dims], next_obs[:dims], terminated or truncated
         next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
         worker_reward = intrinsic_reward(achieved, subgoal, next_achieved)
-        # easy to overlook: a death counts as staying there for ever. Rewards are negative, so a value of 0
-        # would reward dying; and no step starts from a dead state: a bootstrap from one is never corrected
+        # easy to overlook: after a death the distance is paid for ever, r + gamma r + .. = r / (1 - gamma). A
+        # mere end, worth 0, would reward dying; a bootstrap would read Q where nothing is ever learned
         if info["dead"]:
             worker_reward /= 1 - args.worker_gamma
         # easy to overlook: the subgoal that the worker acted on, and its successor in the same period
@@ -1545,7 +1569,6 @@ def main(args: Args):
             recorder = Recorder(eval_env, run_dir, f"step_{step:09d}")
             recorder.has_subgoals = not args.flat  # there the manager's word is the action itself
             row |= evaluate(eval_env, manager, worker, args, eval_seed + step, recorder)
-            recorder.save(writer, step)
             row |= period_metrics("worker", loop.periods, args.reached_radius)
             row["worker/torso_height"] = float(np.mean(loop.heights))
             row["worker/upside_down"] = float(np.mean(loop.flips))
@@ -1555,6 +1578,7 @@ def main(args: Args):
             row |= check_finite(loop.losses, step, run_dir) | coop_metrics(loop.coop_values, args)
             log_row(row, run_dir, writer, progress)
             save_checkpoint(agents, args, run_dir / "model.pt")
+            recorder.save(writer, step)
             loop.periods, loop.heights, loop.flips, loop.returns = [], [], [], []
             loop.worker_returns, loop.coop_values = [], []
             last_time, last_step = time.time(), step
@@ -1563,13 +1587,14 @@ def main(args: Args):
             loop.seconds = time.time() - begin
             save_checkpoint(parts, args, run_dir / "checkpoint.pt", loop=freeze_run(step, loop, env, device))
         if stop:
-            progress.write(f"stopped at step {step}; continue with --resume {run_dir / 'checkpoint.pt'}")
+            say(progress, f"stopped at step {step}; continue with --resume {run_dir / 'checkpoint.pt'}")
             break
     progress.close()
-    writer.close()
+    with writing(run_dir / "events"):
+        writer.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    is_hrl = args.coop_weight == 0 and args.relabeling == "none" and not args.hindsight
+    is_hrl = args.coop_weight == 0 and args.relabeling == "none" and not args.hindsight and worker_learns
     if is_hrl and not stop and "manager/coop_value" in loop.losses:
         print(delta_hint(run_dir))
 

@@ -64,7 +64,9 @@ from common_envs import SPECS, make_env
 
 SCRIPT = Path(__file__).stem
 FORMAT = 1  # of checkpoints; to be raised when this version writes what older ones cannot read
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT]
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup ignores
+    STOP_SIGNALS.append(signal.SIGHUP)  # the terminal is gone
 # arguments that --resume, and --eval-only, may change
 RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
 RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
@@ -111,7 +113,7 @@ class Args:
     eval_goals: tuple[float, ...] = ()  # evaluation goals, coordinates in a row; empty: the environment's own
     eval_only: bool = False  # evaluate --checkpoint and stop
     checkpoint: str | None = None  # model.pt or checkpoint.pt of an earlier run, for --eval-only
-    save_every: Count = 0  # environment steps between checkpoints for --resume; 0: on SIGTERM or Ctrl-C only
+    save_every: Count = 0  # environment steps between checkpoints for --resume; 0: when stopped only
     resume: str | None = None  # checkpoint.pt to continue exactly where it stopped
     run_dir: str | None = None  # this run's folder; None: runs/<env>__<script>__<variant>__<seed>__<time>
     variant: str = "default"  # a name for this setting, used in the folder's name
@@ -129,7 +131,7 @@ class Args:
     candidate_noise: float = 0.5  # std of the drawn candidates around the displacement, times half-range
     fun_noise: float = 0.1  # std of the only draw of --relabeling fun, times half-range
     random_subgoals: float = 0.0  # share of subgoals drawn uniformly; not in the paper
-    worker_looks_ahead: bool = True  # a period's last step bootstraps from the next subgoal, as released
+    worker_looks_ahead: bool = True  # a period's last step bootstraps from the next period's subgoal (HIRO)
     worker_checkpoint: str | None = None  # model.pt whose worker to start from; uniform warm-up comes first
     freeze_worker: bool = False  # it neither learns nor explores, also in the warm-up
 
@@ -172,7 +174,7 @@ class Args:
 # still: the manager asked for 13 m into one corner. With these it walks (success 0.04 late in 300k steps, one
 # seed). Which of them matters is not known, and the other mazes have not been run: benchmark/LOG.md.
 SMALL_MAZE = {
-    "source": "not in HIRO's paper: subgoals of 2 m; worker_gamma and length as in HIGL, the rest found here",
+    "source": "not in HIRO's paper; worker_gamma, length as HIGL's on AntMaze-U, the rest found here",
     "subgoal_space": "xy",
     "subgoal_limit": (2.0, 2.0),
     "manager_noise": 0.5,
@@ -188,10 +190,10 @@ SMALL_MAZE = {
 # Settings that differ from the defaults, with their source. Other environments use the defaults.
 PRESETS: dict[str, dict] = {
     "AntMaze-ULarge": {"source": "the paper's values"},
+    "AntFourRooms": {"source": "HIRO's values; not in its paper"},
+    "AntGather": {"source": "the paper's values"},
     "AntPush": {"source": "the paper's values"},
     "AntFall": {"source": "the paper's values"},
-    "AntGather": {"source": "the paper's values"},
-    "AntFourRooms": {"source": "HIRO's values; not in its paper"},
     "PointMaze-U": {
         "source": "HIRO's released limit 0.25 rad and noise 0.1; worker_gamma of HIGL's HIRO baseline",
         "subgoal_space": "xy",
@@ -211,7 +213,7 @@ PRESETS: dict[str, dict] = {
         "total_steps": 3_000_000,
     },
     "AntPush-Small": {
-        "source": "HIRO's values; not in its paper. obs starts x, y, block x, y: no full subgoals",
+        "source": "HIRO's values, length chosen here; obs starts x, y, block x, y: no full subgoals",
         "subgoal_space": "xy",
         "total_steps": 1_000_000,
     },
@@ -228,7 +230,7 @@ QUICK: dict[str, dict] = {
         "redrawn_subgoals": 0.8,
     },
     "AntMaze-ULarge": {
-        "source": "found here: AntMaze-U's, manager's actor at every update; 0.60, 0.86 at (0, 16) (docs)",
+        "source": "found here: AntMaze-U's, manager's actor at every update; docs/hiro.md",
         "subgoal_space": "xy",
         "subgoal_limit": (10.0, 10.0),
         "random_subgoals": 0.5,
@@ -318,8 +320,8 @@ def check_args(args: Args):
         fail(f"the checkpoint is of {args.env}, an environment that common_envs.py here does not have")
     spec = SPECS[args.env]
     for name, value in vars(args).items():
-        if value != value:  # NaN, which no comparison below would refuse
-            fail(f"--{name.replace('_', '-')} is not a number")
+        if isinstance(value, (float, tuple)) and not np.isfinite(value).all():  # comparisons let NaN pass
+            fail(f"--{name.replace('_', '-')} is not a finite number")
     if args.reward is not None and args.reward not in spec.rewards:
         fail(f"--reward {args.reward}: {args.env} has {', '.join(spec.rewards)}")
     positive = """
@@ -373,7 +375,7 @@ def check_args(args: Args):
     if args.candidates < 3 and args.relabeling == "off_policy":
         fail("--candidates must be at least 3: the stored subgoal, the displacement and one draw")
     if args.redrawn_subgoals > 0 and args.freeze_worker:
-        fail("--redrawn-subgoals: not with --freeze-worker: it does not learn")
+        fail("--redrawn-subgoals: not with a worker that does not learn")
     if args.freeze_worker and args.worker_checkpoint is None:
         fail("--freeze-worker needs --worker-checkpoint PATH, or the worker would never learn")
 
@@ -495,6 +497,8 @@ def adam_step(optimizer, params: list, loss):
 class TD3:
     """One level of the hierarchy (Fujimoto et al. 2018). Only plumbing: what the methods differ in is below.
 
+    goal is what the level is asked for: for the manager the task's goal, for the worker the subgoal.
+
     input_scale [obs_dim + goal_dim + action_dim] multiplies what the networks see, limit [action_dim] bounds
     the action, noise = (exploration std, target smoothing std, its clip) in units of the action. The worker
     also has half_range [D], of its subgoals, for redraw_subgoals, and rest, see Critic.
@@ -590,7 +594,8 @@ class ReplayBuffer:
         self.shapes, self.sizes = shapes, [int(np.prod(shape)) for shape in shapes.values()]
         self.rows = torch.empty(capacity, sum(self.sizes), device=device)  # memory is taken as it fills
         self.added = 0  # entries ever added
-        self.size = torch.zeros((), device=device)  # len(self), where a recorded CUDA graph reads it anew
+        # len(self), where a recorded CUDA graph reads it anew; float32 would round above 2^24
+        self.size = torch.zeros((), dtype=torch.float64, device=device)
 
     def __len__(self) -> int:
         return min(self.added, len(self.rows))
@@ -672,12 +677,13 @@ def make_candidates(subgoal, displacement, half_range, args: Args):
 def score_candidates(worker: TD3, candidates, batch):
     """Log-likelihood of the recorded actions under each candidate (HIRO). [B, K, D] -> [B, K]
 
-    -1/2 sum_i |a_i - mu(s_i, g_i)|^2 in units of the action's limit; g_i follows the subgoal transition.
+    -1/2 sum_i |a_i - mu(s_i, g_i)|^2 in units of the action's limit (its constant left out, as it is the same
+    for all candidates); g_i follows the subgoal transition.
     B rows, K candidates, D entries of a subgoal, c steps of a period, A entries of an action.
     """
     dims, period = candidates.shape[-1], batch.action_seq.shape[1]
     achieved_seq = batch.obs_seq[:, None, :-1, :dims]  # [B, 1, c, D]
-    # what is left of each candidate at each step [B, K, c, D]
+    # what is left of each candidate at each step, s_0 + g - s_i [B, K, c, D]
     subgoals = subgoal_transition(achieved_seq[:, :, :1], candidates[:, :, None], achieved_seq)
     obs = batch.obs_seq[:, None, :-1].expand(*subgoals.shape[:-1], -1)  # [B, K, c, obs_dim]
     actions = in_blocks(worker.actor, obs.flatten(0, 2), subgoals.flatten(0, 2)).view(*obs.shape[:3], -1)
@@ -716,7 +722,7 @@ def redraw_subgoals(worker: TD3, batch, args: Args):
     achieved, next_achieved = batch.obs[:, :dims], batch.next_obs[:, :dims]
     subgoal = (2 * torch.rand_like(batch.subgoal) - 1) * worker.half_range
     next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
-    # batch.reward is -own times what no subgoal changes: 1 / (1 - gamma) at a death, a reward scale if any
+    # batch.reward is -own times what holds for any subgoal: 1 / (1 - gamma) at a death, a reward scale if any
     own = safe_norm(subgoal_transition(achieved, batch.subgoal, next_achieved))
     reward = batch.reward * safe_norm(next_subgoal) / own
     chosen = torch.rand_like(batch.reward) < args.redrawn_subgoals
@@ -912,8 +918,8 @@ class Recorder:
         figure, path = self.draw(), self.folder / "pictures" / f"{self.name}.png"
         with writing(path):
             figure.savefig(path)
-        if writer is not None:
-            writer.add_figure("eval/paths", figure, step)
+            if writer is not None:
+                writer.add_figure("eval/paths", figure, step)
 
     def close_film(self):
         if self.film:
@@ -981,6 +987,12 @@ def to_tensors(tree):
     return torch.from_numpy(tree.copy()) if isinstance(tree, np.ndarray) else tree
 
 
+def say(progress: tqdm, line: str):
+    """A line to the console. One that is gone (ssh, a `| tee` that Ctrl-C ended) must not cost the run."""
+    with contextlib.suppress(OSError):
+        progress.write(line)
+
+
 def log_row(row: dict, run_dir: Path, writer: SummaryWriter, progress: tqdm):
     """One evaluation to progress.csv, TensorBoard and the console."""
     append_row(run_dir / "progress.csv", row)
@@ -990,10 +1002,11 @@ def log_row(row: dict, run_dir: Path, writer: SummaryWriter, progress: tqdm):
     except OSError as error:
         fail(f"cannot write TensorBoard events to {run_dir}: {error}; progress.csv has this evaluation")
     progress.set_postfix(success=row["eval/success"], refresh=False)
-    progress.write(
+    line = (
         f"step {row['step']}: success {row['eval/success']:.2f} (any step {row['eval/success_any']:.2f}), "
         f"return {row['eval/return']:.1f}, progress {row['eval/progress']:.2f} m, {row['steps_per_second']}/s"
     )
+    say(progress, line)
 
 
 def check_finite(losses: dict, step: int, run_dir: Path) -> dict:
@@ -1101,8 +1114,10 @@ def fast_cpu_matmul(args: Args, device):
     x86 = platform.machine() in ("x86_64", "AMD64")
     if args.fast_matmul and device.type == "cpu" and x86 and not torch.cpu._is_amx_tile_supported():
         torch.set_float32_matmul_precision("medium")
-        yield
-        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision("highest")
     else:
         yield
 
@@ -1272,29 +1287,31 @@ def main(args: Args):
     loop.returns, loop.episode_return = [], 0.0
     loop.obs, loop.goal = split_observation(env.reset(seed=args.seed)[0])
     env.get_state()  # an environment of yours that has none fails here, not when it is to be saved
-    loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, float(args.uniform_warmup))
+    uniform_share = 1.0 if args.uniform_warmup else args.random_subgoals
+    loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, uniform_share)
     segment.start(loop.obs)
     if args.resume:
         first_step, loop = load_run(args.resume, parts, env, device, loop)
         if first_step > args.total_steps:
             fail(f"{args.resume} is at step {first_step - 1} already; raise --total-steps")
-    run_dir = make_run_dir(args)  # after all refusals: its config.json still tells who wrote the checkpoint
+    run_dir = make_run_dir(args)  # after all refusals: a refused --resume leaves the run's config.json alone
     learn_worker, learn_manager = (cuda_graph(f, args, device) for f in (update_worker, update_manager))
     stop = []  # signals received
 
     def ask_to_stop(number, frame):
         stop.append(number)
         with contextlib.suppress(OSError):  # Ctrl-C may have ended a reader of stderr, too
-            os.write(2, b"\nstopping after this step, with a checkpoint\n")
+            os.write(2, b"\nstopping after this step (or its evaluation), with a checkpoint\n")
 
     handlers = {number: signal.signal(number, ask_to_stop) for number in STOP_SIGNALS}
-    writer = SummaryWriter(str(run_dir), purge_step=first_step)
-    writer.add_text("config", f"```\n{(run_dir / 'config.json').read_text()}```", first_step)
+    with writing(run_dir / "events"):
+        writer = SummaryWriter(str(run_dir), purge_step=first_step)
+        writer.add_text("config", f"```\n{(run_dir / 'config.json').read_text()}```", first_step)
     progress = tqdm(total=args.total_steps, initial=first_step - 1, unit="step", mininterval=2, disable=None)
     begin, last_time, last_step = time.time() - loop.seconds, time.time(), first_step - 1
 
     for step in range(first_step, args.total_steps + 1):
-        # ---- act
+        # ---- act; loop.first_subgoal: as the manager issued it; subgoal: what is left of it now
         obs, goal, subgoal = loop.obs, loop.goal, loop.subgoal
         warm_up = args.uniform_warmup and step <= args.learning_starts
         uniform_share = 1.0 if warm_up else args.random_subgoals  # of subgoals issued
@@ -1306,7 +1323,7 @@ def main(args: Args):
             if updates > 0 and worker_learns:
                 with_actor = updates % args.worker_actor_every == 0
                 loop.losses |= learn_worker(worker, worker_buffer, args, with_actor)
-            if updates > 0 and updates % period == 0:
+            if updates > 0 and updates % period == 0:  # wherever the segment stands
                 with_actor = updates % (period * args.manager_actor_every) == 0
                 loop.losses |= learn_manager(manager, worker, manager_buffer, args, with_actor)
 
@@ -1316,8 +1333,8 @@ def main(args: Args):
         achieved, next_achieved, episode_over = obs[:dims], next_obs[:dims], terminated or truncated
         next_subgoal = subgoal_transition(achieved, subgoal, next_achieved)
         worker_reward = intrinsic_reward(achieved, subgoal, next_achieved)
-        # easy to overlook: a death counts as staying there for ever. Rewards are negative, so a value of 0
-        # would reward dying; and no step starts from a dead state: a bootstrap from one is never corrected
+        # easy to overlook: after a death the distance is paid for ever, r + gamma r + .. = r / (1 - gamma). A
+        # mere end, worth 0, would reward dying; a bootstrap would read Q where nothing is ever learned
         if info["dead"]:
             worker_reward /= 1 - args.worker_gamma
         segment.add(action, reward, next_obs)
@@ -1330,7 +1347,7 @@ def main(args: Args):
                 goal=goal,
                 subgoal=loop.first_subgoal,
                 reward=args.manager_reward_scale * segment.reward,
-                terminated=terminated,
+                terminated=terminated,  # also by an early stop at the goal, which is no end for the worker
             )
             xy_rows = (segment.obs_seq[0, :2], loop.first_subgoal[:2], next_obs[:2])
             loop.periods.append(np.concatenate(xy_rows).tolist())
@@ -1350,7 +1367,7 @@ def main(args: Args):
             next_subgoal=next_subgoal,
             terminated=info["dead"],
         )
-        loop.obs, loop.subgoal = next_obs, loop.first_subgoal if issued else next_subgoal
+        loop.obs, loop.subgoal = next_obs, (loop.first_subgoal if issued else next_subgoal)
         loop.heights.append(info["torso_height"])
         loop.flips.append(info["upside_down"])
         loop.episode_return += float(reward)
@@ -1371,7 +1388,6 @@ def main(args: Args):
             row["steps_per_second"] = round((step - last_step) / (time.time() - last_time), 1)
             recorder = Recorder(eval_env, run_dir, f"step_{step:09d}")
             row |= evaluate(eval_env, manager, worker, args, eval_seed + step, recorder)
-            recorder.save(writer, step)
             row |= period_metrics("worker", loop.periods, args.reached_radius)
             row["worker/torso_height"] = float(np.mean(loop.heights))
             row["worker/upside_down"] = float(np.mean(loop.flips))
@@ -1379,6 +1395,7 @@ def main(args: Args):
             row |= check_finite(loop.losses, step, run_dir)
             log_row(row, run_dir, writer, progress)
             save_checkpoint(agents, args, run_dir / "model.pt")
+            recorder.save(writer, step)
             loop.periods, loop.heights, loop.flips, loop.returns = [], [], [], []
             last_time, last_step = time.time(), step
         if stop or (args.save_every and (step % args.save_every == 0 or step == args.total_steps)):
@@ -1386,10 +1403,11 @@ def main(args: Args):
             loop.seconds = time.time() - begin
             save_checkpoint(parts, args, run_dir / "checkpoint.pt", loop=freeze_run(step, loop, env, device))
         if stop:
-            progress.write(f"stopped at step {step}; continue with --resume {run_dir / 'checkpoint.pt'}")
+            say(progress, f"stopped at step {step}; continue with --resume {run_dir / 'checkpoint.pt'}")
             break
     progress.close()
-    writer.close()
+    with writing(run_dir / "events"):
+        writer.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

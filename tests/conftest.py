@@ -104,7 +104,7 @@ class Job:
         """Until the file exists."""
         end = time.time() + timeout
         while not path.exists():
-            assert self.process.is_alive(), self.err.read_text()
+            assert self.process.is_alive() or path.exists(), self.err.read_text()
             assert time.time() < end, f"{path} did not appear"
             time.sleep(0.002)
 
@@ -121,11 +121,16 @@ class Job:
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
     """start(script, *flags, before="") -> a running Job."""
+    jobs = []
 
     def start(script, *argv, before=""):
-        return Job(tmp_path_factory.mktemp("job"), script, argv, before)
+        jobs.append(Job(tmp_path_factory.mktemp("job"), script, argv, before))
+        return jobs[-1]
 
-    return start
+    yield start
+    for job in jobs:  # what a failed test left running
+        job.process.kill()
+        job.process.join()
 
 
 @pytest.fixture(scope="session")
@@ -189,7 +194,7 @@ def read_rows(run_dir, times=False):
 @pytest.fixture(autouse=True)
 def as_before():
     """main() of a script, called in this process, leaves signal handlers behind."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

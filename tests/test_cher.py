@@ -488,6 +488,7 @@ def test_columns_and_the_last_line(toy_run, capsys, tmp_path):
         (dict(), False),
         (dict(coop_weight=0.0, relabeling="off_policy"), False),
         (dict(coop_weight=0.0, hindsight=True), False),
+        (dict(coop_weight=0.0, freeze_worker=True), False),  # transfer: its critic never learned here
         (dict(flat=True), False),
     ):
         toy_run(cher, 60, ToyEnv(), **flags, **settings)
@@ -501,6 +502,25 @@ def test_columns_and_the_last_line(toy_run, capsys, tmp_path):
             assert float(row["worker/period_return"]) < 0
         else:
             assert "manager/coop_value" not in row and float(row["worker/period_return"]) == 0
+
+
+def test_columns_are_means_since_the_last_row(toy_run, monkeypatch, capsys, tmp_path):
+    """Updates at steps 30, 40, .. give -1, -2, ..; periods end at 10, 20, 23, 33, 43, 46, .."""
+    values = itertools.count(1)
+
+    def update(*inputs):
+        return {"manager/coop_value": torch.tensor(-float(next(values)))}
+
+    monkeypatch.setattr(cher, "update_manager", update)
+    settings = dict(learning_starts=20, eval_every=40, coop_weight=0.0, coop_reference=-2.0)
+    records = toy_run(cher, 100, ToyEnv(23), **settings).manager
+    rows = read_rows(tmp_path / "run")
+    assert [float(row["manager/coop_value"]) for row in rows] == [-1.5, -4.5, -7.5]
+    assert [float(row["manager/coop_ratio"]) for row in rows] == [0.25, -1.25, -2.75]
+    assert "J_HRL = -7.5;" in capsys.readouterr().out
+    returns = [record.worker_reward_seq.sum() for record in records]
+    expected = [np.mean(returns[:4]), np.mean(returns[4:10]), np.mean(returns[10:12])]
+    assert [float(row["worker/period_return"]) for row in rows] == pytest.approx(expected, rel=1e-5)
 
 
 # --------------------------------------------------------------------------------- one replay for both levels

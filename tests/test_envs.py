@@ -668,6 +668,39 @@ def test_upside_down_and_height():
     assert env.step(np.zeros(8))[4]["upside_down"] is False
 
 
+@pytest.mark.parametrize("axis", [(1, 0), (0, 1), (0.6, 0.8), (0.8, -0.6)])
+@pytest.mark.parametrize("turn, answer", [(0, False), (80, False), (100, True), (180, True), (-100, True)])
+def test_upside_down_about_any_axis(axis, turn, answer):
+    env, half = make_env("AntMaze-U"), math.radians(turn) / 2
+    at_rest(env)
+    for heading in (0.0, 1.0):  # turned about z first, which changes nothing
+        w, z = math.cos(heading / 2), math.sin(heading / 2)
+        i, j = math.sin(half) * axis[0], math.sin(half) * axis[1]
+        env.data.qpos[3:7] = w * math.cos(half), w * i + z * j, w * j - z * i, z * math.cos(half)
+        assert env._info(False)["upside_down"] is answer
+
+
+def test_gather_sensors_of_a_tilted_ant():
+    """Ahead is where the body's x axis points, seen from above: rolled, pitched and turned."""
+    env = make_env("AntGather")
+    at_rest(env)
+    for heading, pitch, roll in ((1.0, 0.6, 0.4), (-2.0, 0.5, -0.6), (0.3, -0.7, 0.5)):
+        quaternion = np.array([1.0, 0, 0, 0])
+        for angle, axis in ((heading, (0, 0, 1)), (pitch, (0, 1, 0)), (roll, (1, 0, 0))):
+            turn, product = np.zeros(4), np.zeros(4)
+            mujoco.mju_axisAngle2Quat(turn, np.array(axis, np.float64), angle)
+            mujoco.mju_mulQuat(product, quaternion, turn)
+            quaternion = product
+        env.data.qpos[:2], env.data.qpos[3:7] = 0, quaternion
+        matrix = np.zeros(9)
+        mujoco.mju_quat2Mat(matrix, quaternion)
+        ahead = math.atan2(matrix[3], matrix[0])  # of the first column, the body's x axis
+        for side, index in ((0.01, 5), (-0.01, 4)):
+            angle = ahead + side
+            env.objects = np.array([[2 * math.cos(angle), 2 * math.sin(angle), 1]])
+            assert env.sense()[index] == pytest.approx(0.6667, abs=1e-4)
+
+
 # ----------------------------------------------------------------------------- observations and spaces
 
 
@@ -921,10 +954,9 @@ def test_state_of_another_task_is_refused():
 
 
 def has_gl():
-    code = """import common_envs
-env = common_envs.make_env("PointMaze-U", render_mode="rgb_array")
-env.reset()
-env.render()"""
+    """Of MuJoCo alone: a fault of ours must not look like a missing library."""
+    code = """import common_envs, mujoco
+mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>"), 16, 16)"""
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
 
 

@@ -594,6 +594,7 @@ def test_plan_equals_a_loop(search, empty):
     """Empty places of the queue lie in the best spot there is, and must not be used."""
     rng = np.random.default_rng(0)
     args = make_args(coverage_landmarks=9, coverage_pool=60, path_search=search, path_heat=200.0)
+    args.landmark_shift = 0.8
     pool = torch.tensor(rng.uniform(0, 8, (60, 5)), dtype=torch.float32)
     asked = []
     buffer = SimpleNamespace(sample=lambda count: asked.append(count) or SimpleNamespace(obs=pool))
@@ -610,9 +611,9 @@ def test_plan_equals_a_loop(search, empty):
     assert np.sum(np.array(edges) < -1e5) > 10  # the wall cut edges
     np.testing.assert_allclose(planned, expected, atol=1e-3)
     away = (planned - obs[:, :2]).norm(dim=1)
-    torch.testing.assert_close(away, torch.full((20,), 2.0))
+    torch.testing.assert_close(away, torch.full((20,), 0.8))
     toward = goal[3] - obs[3, :2]
-    torch.testing.assert_close(planned[3], obs[3, :2] + 2 * toward / toward.norm())
+    torch.testing.assert_close(planned[3], obs[3, :2] + 0.8 * toward / toward.norm())
 
 
 def test_plan_goes_round_the_wall():

@@ -140,6 +140,15 @@ def test_penalty_g14(g14_worker, form, model, bound, penalty):
     assert numbers(result) == pytest.approx([penalty, bound, norm, 0.0199971 * model], abs=1e-6)
 
 
+def test_the_bound_of_another_discount(g14_worker):
+    """1 / (1 - 0.8) is a quarter of 1 / (1 - 0.95)."""
+    g14_worker.gamma = 0.8
+    result = gcmr.penalty_at(
+        g14_worker, g14_dynamics(), torch.zeros(2, 4, **F64), G14_SUBGOAL, G14_ACTION.clone(), make_args()
+    )
+    assert numbers(result)[1] == pytest.approx(0.5656039 / 4, abs=1e-6)
+
+
 def test_a_large_bound_leaves_no_penalty(g14_worker):
     result = gcmr.penalty_at(
         g14_worker,

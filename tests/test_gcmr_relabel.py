@@ -301,7 +301,7 @@ def test_weight_one_is_the_plain_score_without_clipping():
     assert (narrow - plain).abs().max() > 0.1  # what the clipping does
 
 
-@pytest.mark.parametrize("weight", [0.05, 0.5, 0.95])
+@pytest.mark.parametrize("weight", [0.0, 0.05, 0.5, 0.95])
 def test_a_perfect_model_gives_the_plain_score(weight):
     obs_seq, action_seq, length, candidates = random_segments()
     batch, candidates = make_batch(obs_seq, action_seq, length), torch.tensor(candidates)
@@ -445,13 +445,17 @@ def test_when_the_model_scores(monkeypatch, uses_model):
     assert called == ["model" if uses_model else "plain"]
 
 
-def test_no_gradient_and_no_parameter_is_touched():
+def test_no_gradient_and_no_parameter_is_touched(monkeypatch):
     worker = make_td3(limit=(3.0, 1.0))
     dynamics = gcmr.DynamicsEnsemble(6, 2, make_args(dynamics_hidden=16))
     data = torch.randn(40, 6)
     dynamics.fit_statistics(data, torch.randn(40, 2), torch.randn(40, 6))
+    dynamics.widen_box(3 * data)
+    scores, score = [], gcmr.score_rollouts
+    monkeypatch.setattr(gcmr, "score_rollouts", lambda *inputs: scores.append(score(*inputs)) or scores[-1])
     batch = make_batch(torch.randn(5, 11, 6), torch.randn(5, 10, 2), subgoal=torch.randn(5, 2))
     relabeled = gcmr.relabel_subgoals(worker, dynamics, batch, HALF_RANGE, make_args())
     assert not relabeled.requires_grad and relabeled.shape == (5, 2) and torch.isfinite(relabeled).all()
     assert (relabeled.abs() <= HALF_RANGE).all()
+    assert scores[0].shape == (5, 12) and torch.isfinite(scores[0]).all() and scores[0].unique().numel() > 50
     assert all(p.grad is None for p in [*worker.actor_params, *dynamics.parameters()])

@@ -186,7 +186,7 @@ def test_updates_per_step(schedule):
     [
         (dict(model_relabeling=False), "with_model", []),
         (dict(rollout_weight=1.0), "with_model", []),
-        (dict(rollout_weight=0.0), "with_model", []),
+        (dict(rollout_weight=0.0), "with_model", [*range(210, 361, 10)]),  # by the model alone
         (dict(planner_keeps_graph=3), "with_new_graph", [280, 310, 340]),
         (dict(landmark_weight=0.0), "with_planner", []),
         (dict(landmark_weight=0.0), "with_new_graph", []),
@@ -352,6 +352,8 @@ def test_settings_that_all_environments_share():
         "--rollout-planning-subgoals 0",
         "--gradient-penalty-copies 0",
         "--dynamics-rows 4",
+        "--dynamics-starts 5",
+        "--coverage-landmarks -100 --landmark-weight 0",
         "--novelty-landmarks -1",
         "--landmark-weight -1",
         "--dynamics-lr -1",

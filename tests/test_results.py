@@ -145,11 +145,16 @@ def test_films_know_the_script_of_an_agent(agent):
 
 @EACH_AGENT
 def test_published_agents_evaluate(agent, run, tmp_path):
-    """They come without optimisers. Their success is not asserted: another CPU may round differently."""
-    flags = ("--eval-only", "--checkpoint", agent, "--eval-episodes", 1, "--run-dir", tmp_path)
+    """They come without optimisers. Another CPU may round differently, so 2 of 5 episodes have to do."""
+    flags = ("--eval-only", "--checkpoint", agent, "--eval-episodes", 5, "--run-dir", tmp_path)
     state = torch.load(agent, weights_only=True)
     done = run(state["script"], *flags)
-    assert "eval/success" in done.out and (tmp_path / "pictures" / "eval.png").exists()
+    assert (tmp_path / "pictures" / "eval.png").exists()
+    told = dict(line.split() for line in done.out.splitlines() if line.startswith("eval/"))
+    if state["args"]["env"] == "AntGather":
+        assert float(told["eval/return"]) > 0  # 3.7 at its best, 0 at rest
+    else:
+        assert float(told["eval/success_any"]) >= 0.4  # 0.86 and more of 50 episodes; at rest 0.04 or less
     assert not any(name.endswith("optimizer") for name in [*state["manager"], *state["worker"]])
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS, TINY, TINY_OF, ToyEnv, read_rows
 
-from common_envs import SPECS, make_env
+from common_envs import MAZES, SPECS, make_env
 
 ENVS = ("PointMaze-U", "AntMaze-U")
 FLAGS = [
@@ -242,7 +242,10 @@ BAD_FLAGS = [
     ("--random-subgoals 1.5", "--random-subgoals"),
     ("--actor-lr -1e-4", "--actor-lr"),
     ("--worker-noise -1", "--worker-noise"),
-    ("--worker-noise nan", "--worker-noise is not a number"),
+    ("--worker-noise nan", "--worker-noise is not a finite number"),
+    ("--worker-noise inf", "--worker-noise is not a finite number"),
+    ("--eval-goals nan 1", "--eval-goals is not a finite number"),
+    ("--subgoal-space xy --subgoal-limit inf 2", "--subgoal-limit is not a finite number"),
     ("--reached-radius -1", "--reached-radius"),
     ("--device mps", "--device mps"),  # a device of torch, but not for these scripts
     ("--device cuda:x", "--device cuda:x"),
@@ -343,6 +346,205 @@ def test_ctrl_c_without_a_reader_of_stderr_saves(module, toy_run, monkeypatch, t
     toy_run(module, 60, Interrupted(), learning_starts=40)
     loop = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["loop"]
     assert loop["step"] == 31
+
+
+def test_a_lost_terminal_costs_nothing(module, toy_run, monkeypatch, tmp_path):
+    """Nobody reads stdout any more (ssh is gone, `| tee` ended), SIGHUP comes: all files are written."""
+
+    class LostTerminal(ToyEnv):
+        def step(self, action):
+            if len(self.log) == 50:
+                os.kill(os.getpid(), signal.SIGHUP)
+            return super().step(action)
+
+    said = []
+
+    def write(progress, line):
+        said.append(line)
+        raise BrokenPipeError
+
+    monkeypatch.setattr(module.tqdm, "write", write)
+    monkeypatch.setattr(module, "STOP_SIGNALS", [signal.SIGHUP])  # also where pytest runs under nohup
+    toy_run(module, 90, LostTerminal(), learning_starts=40, eval_every=45)
+    assert len(said) == 2 and "step 45" in said[0] and "--resume" in said[1]
+    loop = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["loop"]
+    assert loop["step"] == 51 and (tmp_path / "run" / "model.pt").exists()
+    assert [row["step"] for row in read_rows(tmp_path / "run")] == ["45"]
+
+
+def test_nohup_keeps_a_run_alive(script):
+    """nohup has SIGHUP ignored; without it a script saves and ends."""
+    code = f"import {script}, signal; print(signal.SIGHUP in {script}.STOP_SIGNALS)"
+    for how, answer in (("IGN", "False"), ("DFL", "True")):
+        start = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_{how}); "
+        result = subprocess.run(
+            [sys.executable, "-c", start + code], capture_output=True, text=True, cwd=ROOT
+        )
+        assert result.stdout.strip() == answer, result.stderr
+
+
+def full_disk(*args, **more):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_picture_that_cannot_be_written_costs_no_row(module, toy_run, monkeypatch, tmp_path):
+    """The row and model.pt come first."""
+    monkeypatch.setattr(module.Figure, "savefig", full_disk)
+    with pytest.raises(SystemExit, match="cannot write .*pictures.*No space left on device"):
+        toy_run(module, 60, ToyEnv(), learning_starts=40, eval_every=45)
+    assert [row["step"] for row in read_rows(tmp_path / "run")] == ["45"]
+    assert (tmp_path / "run" / "model.pt").exists()
+
+
+def test_events_that_cannot_be_written_are_told_in_a_line(module, toy_run, monkeypatch):
+    monkeypatch.setattr(module, "SummaryWriter", full_disk)
+    with pytest.raises(SystemExit, match="cannot write .*No space left on device"):
+        toy_run(module, 60, ToyEnv(), learning_starts=40)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_first_subgoal_is_uniform_as_often_as_the_others(module, toy_run, monkeypatch, share):
+    shares = []
+
+    def explore(agent, obs, goal, uniform_share):
+        shares.append((len(goal), uniform_share))
+        return np.zeros(2, np.float32)
+
+    monkeypatch.setattr(module, "explore", explore)
+    toy_run(module, 1, ToyEnv(), learning_starts=40, uniform_warmup=False, random_subgoals=share)
+    assert shares[0] == (2, share)
+
+
+@pytest.mark.parametrize(
+    "amx, fast, inside", [(False, True, "medium"), (True, True, "highest"), (False, False, "highest")]
+)
+def test_updates_never_lose_precision(module, monkeypatch, amx, fast, inside):
+    """With AMX units "medium" would mean bfloat16; elsewhere on x86 it only picks oneDNN's kernels."""
+    monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    with module.fast_cpu_matmul(module.Args(fast_matmul=fast), torch.device("cpu")):
+        assert torch.get_float32_matmul_precision() == inside
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("reward", ["dense", "sparse"])
+def test_the_reward_reaches_both_environments(module, monkeypatch, tmp_path, reward):
+    asked = []
+
+    def make(env_id, reward=None, evaluate=False, **more):
+        asked.append((env_id, reward, evaluate))
+        return ToyEnv(3)
+
+    monkeypatch.setattr(module, "make_env", make)
+    settings = dict(total_steps=1, eval_episodes=1, hidden=8, threads=1, device="cpu", subgoal_space="xy")
+    module.main(module.Args(env="AntMaze-U", reward=reward, run_dir=str(tmp_path / "run"), **settings))
+    assert asked == [("AntMaze-U", reward, False), ("AntMaze-U", reward, True)]
+
+
+def test_the_seed_reaches_networks_and_environment(module, toy_run, monkeypatch):
+    weights, make = [], module.make_agents
+
+    def noted(*inputs):
+        agents = make(*inputs)
+        weights.append([agent.actor.layers[0].weight.detach().clone() for agent in agents])
+        return agents
+
+    monkeypatch.setattr(module, "make_agents", noted)
+    for seed in (3, 4, 3):
+        env = ToyEnv()
+        toy_run(module, 1, env, seed=seed, learning_starts=40)
+        assert env.resets[0] == seed
+    for level in (0, 1):
+        assert torch.equal(weights[0][level], weights[2][level])
+        assert not torch.equal(weights[0][level], weights[1][level])
+
+
+def test_columns_of_the_worker(module, toy_run, monkeypatch, tmp_path):
+    """4 m to the right asked for, 10 m per period up to step 30, then 5 m. Each row is of its own steps."""
+
+    class Env(ToyEnv):
+        def step(self, action):
+            observation, reward, terminated, truncated, info = super().step(action)
+            info |= {"torso_height": 0.01 * len(self.log), "upside_down": len(self.log) % 3 == 0}
+            return observation, reward, terminated, truncated, info
+
+    env = Env(limit=1000)
+
+    def explore(agent, obs, goal, uniform_share):
+        manager = float(agent.limit[0]) == 10
+        pace = 1.0 if len(env.log) < 30 else 0.5
+        return np.array([4.0 if manager else pace, 0.0], np.float32)
+
+    monkeypatch.setattr(module, "explore", explore)
+    toy_run(module, 60, env, eval_every=30, learning_starts=1000)
+    rows = [{name: float(x) for name, x in row.items()} for row in read_rows(tmp_path / "run")]
+    assert [row["worker/progress"] for row in rows] == pytest.approx([10, 5])
+    assert [row["worker/subgoal_length"] for row in rows] == pytest.approx([4, 4])
+    assert [row["worker/subgoal_distance"] for row in rows] == pytest.approx([6, 1])
+    assert [row["worker/torso_height"] for row in rows] == pytest.approx([0.155, 0.455])
+    assert [row["worker/upside_down"] for row in rows] == pytest.approx([1 / 3, 1 / 3])
+
+
+def test_speed_leaves_evaluation_out(module, toy_run, monkeypatch, tmp_path):
+    """Ten seconds of evaluation, by a clock that only evaluation and steps move."""
+    clock, evaluate = [0.0], module.evaluate
+
+    class Env(ToyEnv):
+        def step(self, action):
+            clock[0] += 0.5
+            return super().step(action)
+
+    def slow(*inputs):
+        clock[0] += 10
+        return evaluate(*inputs)
+
+    monkeypatch.setattr(module, "evaluate", slow)
+    monkeypatch.setattr(module.time, "time", lambda: clock[0])
+    toy_run(module, 60, Env(limit=1000), eval_every=30, learning_starts=1000)
+    rows = read_rows(tmp_path / "run", times=True)
+    assert [float(row["steps_per_second"]) for row in rows] == [2, 2]
+    assert [float(row["time"]) for row in rows] == [15, 40]
+
+
+def test_eval_only_takes_both_levels_from_the_file(module, toy_run, monkeypatch, tmp_path):
+    toy_run(module, 60, ToyEnv(), learning_starts=40)
+    file, seen = tmp_path / "run" / "model.pt", []
+
+    def note(env, manager, worker, *more):
+        seen.append({"manager": manager.state_dict(), "worker": worker.state_dict()})
+        return {}
+
+    monkeypatch.setattr(module, "evaluate", note)
+    saved = torch.load(file, weights_only=True)
+    settings = saved["args"] | dict(eval_only=True, checkpoint=str(file), seed=9, run_dir=None)
+    module.main(module.Args(**settings))
+    for level in ("manager", "worker"):
+        for net in ("actor", "target_actor", "critic", "target_critic"):
+            for name, value in saved[level][net].items():
+                assert torch.equal(seen[0][level][net][name], value), (level, net, name)
+
+
+def test_a_maze_of_your_own_works_in_every_script(module, tmp_path):
+    """The block of docs/envs.md, as it stands."""
+    text = (ROOT / "docs" / "envs.md").read_text()
+    (block,) = (part for part in re.findall(r"```python\n(.*?)```", text, re.S) if "EnvSpec(" in part)
+    specs, mazes = dict(SPECS), dict(MAZES)
+    try:
+        exec(block, {})
+        (own,) = SPECS.keys() - specs
+        flags = ["--env", own, *TINY, "--run-dir", str(tmp_path / "own"), "--total-steps", "12"]
+        module.main(module.parse_args(flags))
+        assert [row["step"] for row in read_rows(tmp_path / "own")] == ["12"]
+    finally:
+        for table, before in ((SPECS, specs), (MAZES, mazes)):
+            for name in table.keys() - before:
+                del table[name]
+
+
+def test_an_error_leaves_the_precision_as_it_was(module):
+    with pytest.raises(RuntimeError), module.fast_cpu_matmul(module.Args(), torch.device("cpu")):
+        raise RuntimeError
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize("limit", [(0.0, 1.0), (-1.0, 1.0), (math.nan, 1.0), (1.0,)])

@@ -71,10 +71,10 @@ def test_segment_sums_and_pads():
 # --------------------------------------------------------------------------- what the worker gets to see
 
 
-@pytest.mark.parametrize("module", [hiro, cher])
+@pytest.mark.parametrize("module", [hiro, cher, aclg_gcmr])
 @pytest.mark.parametrize("mask", [True, False])
 def test_worker_does_not_see_its_position(module, mask):
-    args = module.Args(env="AntMaze-ULarge", mask_xy=mask, hidden=8)
+    args, dims = module.Args(env="AntMaze-ULarge", mask_xy=mask, hidden=8), 2 if module is aclg_gcmr else 15
     manager, worker = module.make_agents(make_env(args.env), args, torch.device("cpu"))
     seen = {}
 
@@ -83,24 +83,53 @@ def test_worker_does_not_see_its_position(module, mask):
 
     for name, net in (("manager", manager.actor), ("worker", worker.actor), ("critic", worker.critic)):
         net.layers[0].register_forward_pre_hook(note(name))
-    obs, subgoal, action = torch.arange(1.0, 31), torch.full((15,), 0.5), torch.full((8,), 20.0)
+    obs, subgoal, action = torch.arange(1.0, 31), torch.full((dims,), 0.5), torch.full((8,), 20.0)
     worker.actor(obs[None], subgoal[None])
     worker.critic(obs[None], subgoal[None], action[None])
     manager.actor(obs[None], torch.tensor([[0.0, 16.0]]))
     position = [0.0, 0.0] if mask else [1.0, 2.0]
-    assert seen["worker"][0].tolist() == position + list(range(3, 31)) + [0.5] * 15
-    assert seen["critic"][0, 0].tolist() == position + list(range(3, 31)) + [0.5] * 15 + [20.0] * 8
+    assert seen["worker"][0].tolist() == position + list(range(3, 31)) + [0.5] * dims
+    assert seen["critic"][0, 0].tolist() == position + list(range(3, 31)) + [0.5] * dims + [20.0] * 8
     assert seen["manager"][0].tolist() == list(range(1, 31)) + [0.0, 16.0]
 
 
-@pytest.mark.parametrize("module", [hiro, cher])
+@pytest.mark.parametrize("module", [hiro, cher, aclg_gcmr])
 def test_scaled_worker_inputs(module):
     args = module.Args(env="AntMaze-ULarge", scale_worker_inputs=True, mask_xy=True, hidden=8)
     _, worker = module.make_agents(make_env(args.env), args, torch.device("cpu"))
     half_range = [10, 10, 0.5, 1, 1, 1, 1, 0.5, 0.3, 0.5, 0.3, 0.5, 0.3, 0.5, 0.3]
+    half_range = half_range[:2] if module is aclg_gcmr else half_range
     expected = [0, 0] + [1] * 28 + [1 / x for x in half_range] + [1 / 30] * 8
     assert worker.critic.input_scale.tolist() == pytest.approx(expected)
-    assert worker.actor.input_scale.tolist() == pytest.approx(expected[:45])
+    assert worker.actor.input_scale.tolist() == pytest.approx(expected[:-8])
+    manager, _ = module.make_agents(make_env(args.env), args, torch.device("cpu"))
+    assert manager.critic.input_scale.tolist() == [1] * (32 + len(half_range))
+
+
+@pytest.mark.parametrize("module", [hiro, cher, aclg_gcmr])
+def test_each_level_has_its_noise(module):
+    """In units of the action; cher.py's are shares of the half-range, 10 m and 30."""
+    settings = dict(worker_noise=0.3, worker_target_noise=0.4, worker_target_noise_clip=0.6)
+    settings |= dict(manager_noise=0.7, manager_target_noise=0.8, manager_target_noise_clip=0.9)
+    args = module.Args(env="AntMaze-U", subgoal_space="xy", hidden=8, **settings)
+    manager, worker = module.make_agents(make_env("AntMaze-U"), args, torch.device("cpu"))
+    for level, half_range, expected in ((worker, 30, (0.3, 0.4, 0.6)), (manager, 10, (0.7, 0.8, 0.9))):
+        found = level.noise, level.target_noise, level.target_noise_clip
+        if module is cher:
+            assert all(torch.allclose(x, torch.full_like(x, half_range * y)) for x, y in zip(found, expected))
+        else:
+            assert found == expected
+
+
+@pytest.mark.parametrize("module", [hiro, aclg_gcmr])
+def test_each_level_has_its_buffer(module):
+    args = module.Args(subgoal_space="xy", hidden=8, worker_buffer=300, manager_buffer=40)
+    env, device = make_env("AntMaze-U"), torch.device("cpu")
+    worker_buffer, manager_buffer, _ = module.make_buffers(
+        env, args, *module.make_agents(env, args, device), device
+    )
+    assert len(worker_buffer.rows) == 300 and "next_subgoal" in worker_buffer.shapes
+    assert len(manager_buffer.rows) == 40 and "obs_seq" in manager_buffer.shapes
 
 
 # ------------------------------------------------------------------------------------ the training loop
@@ -133,8 +162,9 @@ def test_what_the_loop_stores(loop_module, toy_run, monkeypatch, looks_ahead):
     calls = watch_actions(loop_module, monkeypatch)
     env = ToyEnv(23, speed=5.0)
     stored = toy_run(
-        loop_module, 46, env, learning_starts=1000, worker_noise=2.0, worker_looks_ahead=looks_ahead
-    )
+        loop_module, 46, env, learning_starts=1000, worker_noise=2.0, worker_looks_ahead=looks_ahead,
+        manager_reward_scale=0.7,
+    )  # fmt: skip
     assert len(stored.worker) == 46
     assert [int(row.length) for row in stored.manager] == [10, 10, 3, 10, 10, 3]
 
@@ -152,7 +182,7 @@ def test_what_the_loop_stores(loop_module, toy_run, monkeypatch, looks_ahead):
         assert segment.goal.tolist() == [3 + number // 3, 4 + number // 3]  # each episode has its own
         assert segment.terminated == 0  # a time limit is no end
         steps_in_episode = range(begin % 23 + 1, begin % 23 + 1 + end - begin)
-        assert segment.reward == pytest.approx(-0.1 * sum(steps_in_episode))
+        assert segment.reward == pytest.approx(-0.7 * sum(steps_in_episode))
         for i in range(begin, end):
             obs, action, next_obs = env.log[i]
             row = stored.worker[i]
@@ -202,10 +232,10 @@ def test_uniform_warm_up(loop_module, toy_run, monkeypatch):
 
 
 def test_random_subgoals(loop_module, toy_run, monkeypatch):
-    """All of them, but for the first: the manager is asked once and the worker always."""
+    """All of them, the first one, too: the manager is never asked and the worker always."""
     calls = watch_actions(loop_module, monkeypatch)
     stored = toy_run(loop_module, 46, ToyEnv(23), learning_starts=1000, random_subgoals=1.0)
-    assert sum(float(agent.limit[0]) == 10 for agent, *_ in calls) == 1
+    assert sum(float(agent.limit[0]) == 10 for agent, *_ in calls) == 0
     assert sum(float(agent.limit[0]) == 1 for agent, *_ in calls) == 46
     subgoals = np.stack([row.subgoal for row in stored.manager[1:]])
     assert 3 < subgoals.std() < 9 and np.abs(subgoals).max() <= 10
@@ -242,6 +272,15 @@ def test_time_limit_as_in_the_released_code(toy_run):
     assert float(row.reward) == pytest.approx(
         -aclg_gcmr.Args.worker_reward_scale * math.hypot(*left), rel=1e-4
     )
+
+
+def test_an_early_stop_as_in_the_released_code(toy_run):
+    """At the goal, say, after 17 of 23 steps: by --time-limit-is-terminal it is terminal for both levels."""
+    for released in (True, False):
+        env = ToyEnv(23, death=17, dies=False)
+        stored = toy_run(aclg_gcmr, 17, env, learning_starts=1000, time_limit_is_terminal=released)
+        assert [int(row.terminated) for row in stored.worker] == [0] * 16 + [int(released)]
+        assert [int(row.terminated) for row in stored.manager] == [0, 1]
 
 
 # ------------------------------------------------------------------------------- evaluation and its numbers
@@ -294,6 +333,17 @@ def test_evaluate():
     )
     assert metrics["eval/subgoal_halved"] == 0.5  # 1 m and 3 m of 4 are left
     assert metrics["eval/subgoal_reached"] == 0 and metrics["eval/subgoal_length"] == pytest.approx(4)
+
+
+@pytest.mark.parametrize("dims, distance", [(2, 1.5), (3, 2.5)])
+def test_final_distance_is_of_what_the_reward_counts(dims, distance):
+    """The robot ends at x = 4.5, y = -0.25, 4 in the third entry; AntPush-Small's goal has dummies."""
+    env = Walker(4)
+    env.task.goal_dim, env.task.reward_dims = 4, dims
+    level = SimpleNamespace(act=lambda *_, **how: np.array([1, 0], np.float32), limit=torch.ones(2))
+    args = hiro.Args(eval_goals=(3.0, -0.25, 6.0, 50.0), eval_episodes=1)
+    metrics = hiro.evaluate(env, level, level, args, seed=0)
+    assert metrics["eval/final_distance"] == pytest.approx(distance)
 
 
 def test_evaluation_ends_with_the_episode():

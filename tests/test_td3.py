@@ -619,6 +619,24 @@ def test_replay_samples_all_rows_alike():
     assert (counts[1:] > 4700).all() and (counts[1:] < 5300).all()
 
 
+def test_a_replay_of_more_rows_than_float32_counts(monkeypatch):
+    """The largest draw gives the last row, neither one before it nor one beyond."""
+    buffer, seen = hiro.ReplayBuffer(1, CPU, x=()), []
+    buffer.size.fill_(2**24 + 3)
+
+    def index_select(dim, index):
+        seen.append(index)
+        return torch.zeros(len(index), 1)
+
+    def largest(count, device, dtype=torch.float32):
+        return torch.full((count,), 1 - torch.finfo(dtype).eps / 2, dtype=dtype)
+
+    buffer.rows = SimpleNamespace(device=CPU, index_select=index_select)
+    monkeypatch.setattr(torch, "rand", largest)
+    buffer.sample(1)
+    assert seen[0].tolist() == [2**24 + 2]
+
+
 def test_replay_does_not_keep_the_callers_array():
     buffer, obs = hiro.ReplayBuffer(3, CPU, obs=(2,)), np.ones(2, np.float32)
     buffer.add(obs=obs)
