@@ -1893,7 +1893,7 @@ def load_run(path: str, parts: dict, env, device, fresh) -> tuple[int, SimpleNam
     """
     state = load_checkpoint(path)
     if "loop" not in state:
-        fail(f"{path} holds networks only; resume from a checkpoint.pt (--save-every)")
+        fail(f"{path} holds networks only; resume from a checkpoint.pt (a run with --save-every has one)")
     differ = (state["loop"].keys() - {"step", "env", "generators"}) ^ vars(fresh).keys()
     if differ:
         names = ", ".join(sorted(differ))
@@ -2168,12 +2168,16 @@ def main(args: Args):
             recorder.save(writer, step)
             loop.periods, loop.heights, loop.flips, loop.returns = [], [], [], []
             last_time, last_step = time.time(), step
-        if stop or (args.save_every and (step % args.save_every == 0 or step == args.total_steps)):
+        checkpoint = run_dir / "checkpoint.pt"
+        due = args.save_every > 0 and step % args.save_every == 0
+        if step == args.total_steps:  # an older one would repeat steps in a run that is given more of them
+            due = args.save_every > 0 or checkpoint.exists()
+        if stop or due:
             check_finite(loop.losses, step, run_dir)
             loop.seconds = time.time() - begin
-            save_checkpoint(parts, args, run_dir / "checkpoint.pt", loop=freeze_run(step, loop, env, device))
+            save_checkpoint(parts, args, checkpoint, loop=freeze_run(step, loop, env, device))
         if stop:
-            say(progress, f"stopped at step {step}; continue with --resume {run_dir / 'checkpoint.pt'}")
+            say(progress, f"stopped at step {step}; continue with --resume {checkpoint}")
             break
     progress.close()
     with writing(run_dir / "events"):

@@ -91,8 +91,8 @@ class Maze:
         self.rows, self.size = rows, cell_size
         self.cells = [(row, col, mark) for row, line in enumerate(rows) for col, mark in enumerate(line)]
         marks = {mark for _, _, mark in self.cells}
-        if "S" not in marks or marks - set("#S.oXZ"):
-            raise ValueError(f"a maze needs an S and only the marks # S . o X Z: {rows}")
+        if "S" not in marks or marks - set("#S.oXZ") or len({len(line) for line in rows}) > 1:
+            raise ValueError(f"a maze needs an S, only the marks # S . o X Z, rows of one length: {rows}")
         self.origin = next((row, col) for row, col, mark in self.cells if mark == "S")
         self.starts = [self.centre(row, col) for row, col, mark in self.cells if mark == "S"]
         self.walls = frozenset((row, col) for row, col, mark in self.cells if mark == "#")
@@ -205,13 +205,13 @@ BLOCKS = {
 NOT_FINITE = tuple(getattr(mujoco.mjtWarning, f"mjWARN_BAD{name}") for name in ("QPOS", "QVEL", "QACC"))
 
 
-def build_model(task, xml):
+def build_model(task, xml, is_gymnasium_ant):
     """Put the maze around the robot. The sources' ant differs from Gymnasium's in the fields set here."""
     spec, maze = mujoco.MjSpec.from_file(str(ASSETS / xml)), Maze(MAZES[task.maze], task.cell)
     blocks = [cell for cell in maze.cells if cell[2] in BLOCKS]
     spec.geom("floor").rgba = (0.4, 0.45, 0.4, 1)  # colours only
     spec.body("torso").pos[2] += maze.floor_z
-    if xml == "ant.xml":
+    if is_gymnasium_ant:
         spec.option.timestep = 0.02  # 5 of them make the step of 0.1 s
         for motor in spec.actuators:  # Gymnasium: gear 150, controls in [-1, 1]
             motor.gear, motor.ctrlrange = [1, 0, 0, 0, 0, 0], [-30, 30]
@@ -258,6 +258,7 @@ class AntEnv(gym.Env):
 
     metadata = {"render_modes": ["human", "rgb_array"], "render_fps": 10}
     xml, robot_nq, robot_nv, substeps = "ant.xml", 15, 14, 5
+    is_gymnasium_ant = True  # gets the papers' time step, motors and contacts; another robot has its file's
 
     def __init__(
         self, task, reward=None, evaluate=False, render_mode=None, multi_goal=False, width=480, height=480
@@ -271,7 +272,8 @@ class AntEnv(gym.Env):
             raise ValueError(f"{task.id} has no multi_goal variant")
         self.task, self.reward, self.evaluate, self.render_mode = task, reward, evaluate, render_mode
         self.train_goals = task.multi_goals if multi_goal else task.train_goals
-        self.model, self.maze = build_model(task, self.xml)
+        self.model, self.maze = build_model(task, self.xml, self.is_gymnasium_ant)
+        self.check_robot()
         self.data = mujoco.MjData(self.model)
         if task.observe_block:
             self.block_origin = self.model.body("block").pos.copy()
@@ -292,6 +294,22 @@ class AntEnv(gym.Env):
         )
         limit = task.action_limit
         self.action_space = gym.spaces.Box(-limit, limit, (self.model.nu,), np.float32)
+
+    def check_robot(self):
+        """What a robot or a row of your own easily gets wrong, and would not show."""
+        model, task = self.model, self.task
+        slides = sum(len(BLOCKS[mark][2]) for _, _, mark in self.maze.cells if mark in BLOCKS)
+        if (model.nq - slides, model.nv - slides) != (self.robot_nq, self.robot_nv):
+            raise ValueError(
+                f"{self.xml} has nq {model.nq - slides} and nv {model.nv - slides}: set robot_nq and robot_nv"
+            )
+        if task.kind != "point" and (model.actuator_ctrlrange[:, 1] < task.action_limit).any():
+            raise ValueError(f"{task.id}: action_limit {task.action_limit} is beyond {self.xml}'s ctrlrange")
+        if not (model.geom_contype | model.geom_conaffinity)[model.geom_bodyid > 0].any():
+            raise ValueError(f"{self.xml} would walk through walls: give its geoms contype and conaffinity")
+        for goal in task.eval_goals:
+            if len(goal) and self.maze.in_wall(*goal[:2]):
+                raise ValueError(f"{task.id}: the evaluation goal {goal} is in a wall")
 
     # -- Gymnasium's interface
 
@@ -527,6 +545,7 @@ class PointEnv(AntEnv):
 
     metadata = {**AntEnv.metadata, "render_fps": 50}
     xml, robot_nq, robot_nv, substeps = "point.xml", 3, 3, 1
+    is_gymnasium_ant = False
 
     def _simulate(self, action):
         speed, turn = float(action[0]), float(action[1])

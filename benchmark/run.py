@@ -76,6 +76,15 @@ class Run:
             return json.loads((self.folder / "config.json").read_text())
         return {}
 
+    def is_of_this_command(self) -> bool:
+        """Did the earlier start have these settings? More steps are no other command."""
+
+        def without_length(words: str) -> str:
+            return re.sub(r" --total[-_]steps[ =]\S+", "", words)
+
+        command = self.config().get("command", "")
+        return without_length(command).endswith(without_length(shlex.join(self.settings)))
+
     def finished(self, as_it_was: bool = False) -> bool:
         """The last evaluation is at the last step: of --total-steps if given now, else of config.json."""
         config, path = self.config(), self.folder / "progress.csv"
@@ -243,6 +252,10 @@ def main(args: Args, extra: list[str]):
         if not run.finished():
             if run.finished(as_it_was=True) and not (run.folder / "checkpoint.pt").exists():
                 fail(f"{run.name} ended without a checkpoint.pt to go on from; choose another --variant")
+            if (run.folder / "checkpoint.pt").exists() and not run.is_of_this_command():
+                # the script takes flags that are left out now from the checkpoint
+                started = run.config().get("command", "unknown")
+                fail(f"{run.name} was started by another command: {started}; choose another --variant")
             todo.append(run)
             continue
         command = run.config().get("command", "unknown")

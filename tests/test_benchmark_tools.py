@@ -228,6 +228,36 @@ def test_finished_runs_are_skipped(finished, grid):
     assert other.code == 0 and "skipped, finished BY ANOTHER COMMAND: python" in other.out
 
 
+@pytest.mark.parametrize(
+    "extra, refused",
+    [
+        (["--reward", "sparse", "--total-steps", "80"], False),
+        (["--reward", "sparse", "--total-steps", "120"], False),
+        (["--reward", "sparse"], False),
+        (["--total-steps", "120"], True),
+        (["--reward", "dense", "--total-steps", "80"], True),
+    ],
+)
+def test_an_unfinished_run_of_another_command_is_not_continued(tmp_path, monkeypatch, extra, refused):
+    """Flags left out now would come from its checkpoint: two methods would be one run."""
+    grids = load("run")
+    args = grids.Args("hiro.py", ("PointMaze-U",), seeds=1, results=tmp_path)
+    (run,) = grids.plan(args, ["--reward", "sparse", "--total-steps", "80"])
+    command = ["python", str(ROOT / "hiro.py"), "--resume", "checkpoint.pt", *run.options, *run.settings]
+    write_run(run.folder, {40: 0.0}, total_steps=80)
+    config = json.loads((run.folder / "config.json").read_text()) | {"command": shlex.join(command)}
+    (run.folder / "config.json").write_text(json.dumps(config))
+    (run.folder / "checkpoint.pt").touch()
+    continued = []
+    monkeypatch.setattr(grids, "run_here", lambda runs, workers: continued.extend(runs) or [""])
+    if refused:
+        with pytest.raises(SystemExit, match="started by another command.*choose another --variant"):
+            grids.main(args, extra)
+    else:
+        grids.main(args, extra)
+    assert len(continued) == (not refused)
+
+
 def test_failure_is_named(finished, grid):
     """Seed 1 is whole; seed 2 is not, and its checkpoint is none."""
     results, _ = finished

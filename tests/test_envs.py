@@ -331,9 +331,11 @@ def test_point_beside_a_chasm_stands_on_the_platform(monkeypatch):
     assert env.data.body("torso").xpos[2] == pytest.approx(2 + height)
 
 
-@pytest.mark.parametrize("rows", [["###", "#.#", "###"], ["####", "#Sx#", "####"]])
+@pytest.mark.parametrize(
+    "rows", [["###", "#.#", "###"], ["####", "#Sx#", "####"], ["####", "S..#", "#..#", "#"]]
+)
 def test_maps_that_make_no_maze(rows):
-    with pytest.raises(ValueError, match="needs an S and only the marks"):
+    with pytest.raises(ValueError, match="needs an S, only the marks"):
         Maze(rows, 4)
 
 
@@ -951,6 +953,36 @@ def test_state_of_another_task_is_refused():
     env.reset(seed=0)
     with pytest.raises(ValueError, match="AntMaze-U does not fit AntPush"):
         make_env("AntPush").set_state(env.get_state())
+
+
+class Swimmer(common_envs.AntEnv):
+    xml, robot_nq, robot_nv, is_gymnasium_ant = "swimmer.xml", 5, 5, False
+
+
+@pytest.mark.parametrize(
+    "robot, changes, reason",
+    [
+        (common_envs.AntEnv, dict(action_limit=31.0), "beyond ant.xml's ctrlrange"),
+        (common_envs.AntEnv, dict(eval_goals=((0, 8), (0, 4))), "the evaluation goal .0, 4. is in a wall"),
+        (Swimmer, dict(), "action_limit 30.0 is beyond swimmer.xml's ctrlrange"),
+        (Swimmer, dict(action_limit=1.0), "swimmer.xml would walk through walls"),
+        (type("Bare", (Swimmer,), dict(robot_nq=15)), dict(), "swimmer.xml has nq 5 and nv 5: set robot_nq"),
+        (type("Bare", (Swimmer,), dict(robot_nv=14)), dict(), "swimmer.xml has nq 5 and nv 5: set robot_nq"),
+    ],
+)
+def test_a_robot_or_row_that_would_fail_silently_is_refused(robot, changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        robot(dataclasses.replace(SPECS["AntMaze-U"], **changes))
+
+
+def test_the_ants_physics_do_not_hang_on_a_file_name(tmp_path):
+    """A copy of ant.xml by another name is the same ant; a robot of one's own keeps its file's settings."""
+    copy = type("Copy", (common_envs.AntEnv,), dict(xml=str(tmp_path / "long_ant.xml")))
+    (tmp_path / "long_ant.xml").write_text((common_envs.ASSETS / "ant.xml").read_text())
+    same, task = copy(SPECS["AntMaze-U"]), dataclasses.replace(SPECS["AntMaze-U"], action_limit=1.0)
+    assert same.model.opt.timestep == 0.02 and same.model.actuator_ctrlrange[0, 1] == 30
+    other = type("Other", (copy,), dict(is_gymnasium_ant=False))(task)
+    assert other.model.opt.timestep == 0.01 and other.model.actuator_ctrlrange[0, 1] == 1
 
 
 def has_gl():

@@ -81,6 +81,9 @@ def test_resumed_run_is_the_same_run(stopped, script, run, reference, tmp_path):
     first = json.loads((folder / "config.json").read_text())["command"]
     run(script, "--resume", folder / "checkpoint.pt")
     same_run(folder, reference)
+    # the older checkpoint is gone: given more steps, the run goes on from its end and repeats nothing
+    end = torch.load(folder / "checkpoint.pt", weights_only=True)["loop"]["step"]
+    assert end == (1030 if script == "aclg_gcmr" else 630)
     config = json.loads((folder / "config.json").read_text())  # the run's settings came by the first command
     assert config["earlier_commands"] == [first] and "--resume" in config["command"]
 
