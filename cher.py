@@ -381,7 +381,9 @@ def check_args(args: Args):
     if args.coop_delta is not None and args.coop_weight == 0:
         fail("--coop-weight 0 switches cooperation off, --coop-delta learns its weight: choose one of them")
     if args.redrawn_subgoals > 0 and (args.hindsight or args.freeze_worker):
-        other = "--hindsight, HAC's own way of it" if args.hindsight else "a worker that does not learn"
+        other = (
+            "--hindsight, HAC's own way of it" if args.hindsight else "--freeze-worker, which does not learn"
+        )
         fail(f"--redrawn-subgoals: not with {other}")
     if args.freeze_worker and args.worker_checkpoint is None:
         fail("--freeze-worker needs --worker-checkpoint PATH, or the worker would never learn")
