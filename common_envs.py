@@ -303,7 +303,10 @@ class AntEnv(gym.Env):
             raise ValueError(
                 f"{self.xml} has nq {model.nq - slides} and nv {model.nv - slides}: set robot_nq and robot_nv"
             )
-        if task.kind != "point" and (model.actuator_ctrlrange[:, 1] < task.action_limit).any():
+        clamped = model.actuator_ctrllimited.astype(bool) & (
+            model.actuator_ctrlrange[:, 1] < task.action_limit
+        )
+        if clamped.any() and not isinstance(self, PointEnv):  # which moves without its motors
             raise ValueError(f"{task.id}: action_limit {task.action_limit} is beyond {self.xml}'s ctrlrange")
         if not (model.geom_contype | model.geom_conaffinity)[model.geom_bodyid > 0].any():
             raise ValueError(f"{self.xml} would walk through walls: give its geoms contype and conaffinity")

@@ -985,6 +985,17 @@ def test_the_ants_physics_do_not_hang_on_a_file_name(tmp_path):
     assert other.model.opt.timestep == 0.01 and other.model.actuator_ctrlrange[0, 1] == 1
 
 
+def test_what_check_robot_lets_pass(tmp_path):
+    """A subclass of the point robot under a kind of its own; motors without a limit."""
+    point = dataclasses.replace(SPECS["PointMaze-U"], kind="mine")
+    type("Mine", (common_envs.PointEnv,), {})(point).reset(seed=0)
+    text = (common_envs.ASSETS / "ant.xml").read_text()
+    assert 'ctrllimited="true"' in text
+    (tmp_path / "free.xml").write_text(text.replace('ctrllimited="true"', 'ctrllimited="false"'))
+    free = type("Free", (common_envs.AntEnv,), dict(xml=str(tmp_path / "free.xml"), is_gymnasium_ant=False))
+    free(dataclasses.replace(SPECS["AntMaze-U"], action_limit=5.0)).reset(seed=0)
+
+
 def has_gl():
     """Of MuJoCo alone: a fault of ours must not look like a missing library."""
     code = """import common_envs, mujoco
