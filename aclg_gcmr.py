@@ -15,9 +15,9 @@ This is hiro.py with subgoals in x and y and, in the order in which they were pr
 
     every step:
         act, and store as in hiro.py, but with --no-worker-looks-ahead
-        update_worker: critics by critic_loss, once a step, or five times once the model is trained, when
-                       every fifth update has + gradient_penalty; at every fifth its actor, too: -q1, and with
-                       the model at every tenth of these + rollout_planning_loss
+        update_worker: (with the default intervals) critics by critic_loss, once a step, or five times once
+                       the model is trained, when every fifth update has + gradient_penalty; at every fifth
+                       its actor, too: -q1, and with the model at every tenth of these + rollout_planning_loss
     every manager_period steps:
         update_manager: relabeled critic_loss; -q1 + adjacency_loss + landmark_loss towards plan_landmarks
     at the end of an episode:
@@ -1151,8 +1151,9 @@ def farthest_point_sample(points, count: int):
 # How far is it from i to j for the worker? Its reward is minus the distance left, so its Q at i of the
 # subgoal to j is minus a discounted sum of distances: the higher, the nearer. With gamma 0.95 an ant that
 # rests has -20 per metre; -38 (edge_cutoff) is 1.9 m for it, 3.6 m for one that walks 1 m per period straight
-# to its target, and -10 (direct_value) 0.5 m and 1.6 m. An edge is such a value, at most 0. n landmarks, G
-# goals (one per row of the batch). Shapes are fixed, for CUDA graphs: empty places stay, but lead nowhere.
+# to its target, and -10 (direct_value) 0.5 m and 1.6 m (sums over its way). An edge is such a value, at most
+# 0. n landmarks, G goals (one per row of the batch). Shapes are fixed, for CUDA graphs: empty places stay,
+# but lead nowhere.
 
 
 def edge_values(worker: TD3, obs, targets):
