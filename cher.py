@@ -380,11 +380,10 @@ def check_args(args: Args):
         fail(f"--flat has one level: not with --{given[0].replace('_', '-')}")
     if args.coop_delta is not None and args.coop_weight == 0:
         fail("--coop-weight 0 switches cooperation off, --coop-delta learns its weight: choose one of them")
-    if args.redrawn_subgoals > 0 and (args.hindsight or args.freeze_worker):
-        other = (
-            "--hindsight, HAC's own way of it" if args.hindsight else "--freeze-worker, which does not learn"
-        )
-        fail(f"--redrawn-subgoals: not with {other}")
+    if args.redrawn_subgoals > 0 and args.hindsight:
+        fail("--redrawn-subgoals: not with --hindsight, HAC's own way of it")
+    if args.redrawn_subgoals > 0 and args.freeze_worker:
+        fail("--redrawn-subgoals: not with --freeze-worker, whose worker does not learn")
     if args.freeze_worker and args.worker_checkpoint is None:
         fail("--freeze-worker needs --worker-checkpoint PATH, or the worker would never learn")
 
