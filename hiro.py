@@ -291,8 +291,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         settings = {"env": env, "preset": first.preset, "variant": first.preset} | PRESETS.get(env, {})
         if first.preset == "quick":
             if env not in QUICK:
-                known = ", ".join(QUICK) or "none yet"
-                fail(f"--preset quick: {SCRIPT}.py has none for {env}; there is: {known}")
+                fail(f"--preset quick: {SCRIPT}.py has none for {env}; there is: {', '.join(QUICK)}")
             settings |= QUICK[env]
         source = settings.pop("source", "this file's defaults, nothing was chosen for this environment")
     before = Args(**settings)
