@@ -242,7 +242,7 @@ PRESETS: dict[str, dict] = {
 # With --preset quick, on top of PRESETS. Found here.
 QUICK: dict[str, dict] = {
     "AntMaze-ULarge": {
-        "source": "found here: the flags of hiro.py's, and its critic_lr; docs/cher.md",
+        "source": "found here: hiro.py's flags, critic_lr and mask_xy; docs/cher.md",
         "eval_every": 25_000,
         "eval_episodes": 10,
         "subgoal_space": "xy",
@@ -391,13 +391,14 @@ def check_args(args: Args):
     two_levels += " subgoal_limit worker_checkpoint rest_value redrawn_subgoals"
     given = [name for name in two_levels.split() if getattr(args, name) != getattr(Args, name)]
     if args.flat and given:
-        fail(f"--flat has one level: not with --{given[0].replace('_', '-')}")
+        instead = ": leave out --preset quick" if args.preset == "quick" else ""
+        fail(f"--flat has one level: not with --{given[0].replace('_', '-')}{instead}")
     if args.coop_delta is not None and args.coop_weight == 0:
         fail("--coop-weight 0 switches cooperation off, --coop-delta learns its weight: choose one of them")
     if args.redrawn_subgoals > 0 and args.hindsight:
-        fail("--redrawn-subgoals: not with --hindsight, HAC's own way of it")
+        fail("--redrawn-subgoals must be 0 with --hindsight, HAC's own way of it")
     if args.redrawn_subgoals > 0 and args.freeze_worker:
-        fail("--redrawn-subgoals: not with --freeze-worker, whose worker does not learn")
+        fail("--redrawn-subgoals must be 0 with --freeze-worker, whose worker does not learn")
     if args.freeze_worker and args.worker_checkpoint is None:
         fail("--freeze-worker needs --worker-checkpoint PATH, or the worker would never learn")
 

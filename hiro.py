@@ -374,7 +374,7 @@ def check_args(args: Args):
     if args.candidates < 3 and args.relabeling == "off_policy":
         fail("--candidates must be at least 3: the stored subgoal, the displacement and one draw")
     if args.redrawn_subgoals > 0 and args.freeze_worker:
-        fail("--redrawn-subgoals: not with --freeze-worker, whose worker does not learn")
+        fail("--redrawn-subgoals must be 0 with --freeze-worker, whose worker does not learn")
     if args.freeze_worker and args.worker_checkpoint is None:
         fail("--freeze-worker needs --worker-checkpoint PATH, or the worker would never learn")
 

@@ -34,6 +34,10 @@ CURVES = {
         "eval/success",
     ),
     "curves_ularge_cher.png": (LONG_CHER, "eval/success"),
+    "curves_ularge_cher_quick.png": (
+        [f"cher/AntMaze-ULarge/{run}" for run in ("quick/seed1", "quick/seed2", "quick_hrl")],
+        "eval/success",
+    ),
     "curves_coop.png": (["cher/PointMaze-U/dynamic"], "manager/coop_ratio"),
     "curves_ant.png": (
         [
@@ -55,7 +59,10 @@ CURVES = {
     ),
     # by GCMR's rule, as W's training episodes end at the goal
     "curves_w.png": (["aclg_gcmr/AntMaze-W/early"], "eval/success_any"),
-    "curves_bottleneck.png": (["aclg_gcmr/AntMaze-Bottleneck/quick"], "eval/success"),
+    "curves_bottleneck.png": (
+        [f"aclg_gcmr/AntMaze-Bottleneck/quick/seed{seed}" for seed in (1, 2)],  # seed 3 is short
+        "eval/success",
+    ),
     "curves_ant_worker.png": (["hiro/AntMaze-U", "aclg_gcmr/AntMaze-U"], "worker/progress"),
 }
 

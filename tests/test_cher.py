@@ -1182,6 +1182,7 @@ def equal(a, b):
         ("--flat --scale-worker-inputs", "--flat"),
         ("--flat --rest-value", "--flat"),
         ("--flat --redrawn-subgoals 0.5", "--flat"),
+        ("--flat --preset quick", "leave out --preset quick"),
         ("--flat --coop-reference -5", "--flat"),
         ("--coop-reference 600", "--coop-reference"),
         ("--coop-reference 0", "--coop-reference"),

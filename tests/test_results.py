@@ -184,8 +184,11 @@ NOT_LEARNING |= {"eval_every", "eval_episodes", "eval_goals", "save_every"}
         "hiro/AntMaze-U/quick/seed3",
         "hiro/AntMaze-ULarge/far_g95/seed1",
         "hiro/AntMaze-ULarge/quick/seed2",
+        "cher/AntMaze-ULarge/quick/seed1",
+        "cher/AntMaze-ULarge/quick/seed2",
         "aclg_gcmr/AntMaze-Bottleneck/quick/seed1",
         "aclg_gcmr/AntMaze-Bottleneck/quick/seed2",
+        "aclg_gcmr/AntMaze-Bottleneck/quick/seed3",
     ],
 )
 def test_quick_presets_are_the_settings_of_their_runs(run):
