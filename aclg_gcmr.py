@@ -76,6 +76,9 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_I
 RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
 RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
 EVAL_MAY_CHANGE = (*RESUME_MAY_CHANGE, "checkpoint", "eval_only", "env", "reward", "seed", "reached_radius")
+# arguments that --start-from may not change, as the networks have learned with them
+START_KEEPS = ("preset", "hidden", "subgoal_space", "subgoal_limit", "action_limit", "mask_xy")
+START_KEEPS += ("scale_worker_inputs", "rest_value", "worker_gamma", "manager_gamma")
 
 # ------------------------------------------------------------------------------------------------ arguments
 
@@ -120,6 +123,7 @@ class Args:
     checkpoint: str | None = None  # model.pt or checkpoint.pt of an earlier run, for --eval-only
     save_every: Count = 0  # environment steps between checkpoints for --resume; 0: when stopped only
     resume: str | None = None  # checkpoint.pt to continue exactly where it stopped
+    start_from: str | None = None  # model.pt to begin with: its settings and networks; replay, steps are new
     run_dir: str | None = None  # this run's folder; None: runs/<env>__<script>__<variant>__<seed>__<time>
     variant: str = "default"  # a name for this setting, used in the folder's name
     track: bool = False  # log to Weights & Biases too (pip install wandb)
@@ -342,6 +346,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         preset: Literal["default", "quick"] = "default"
         checkpoint: str | None = None
         resume: str | None = None
+        start_from: str | None = None
         eval_only: bool = False
 
     first, _ = tyro.cli(First, args=argv, return_unknown_args=True, add_help=False)
@@ -353,13 +358,15 @@ def parse_args(argv: list[str] | None = None) -> Args:
         fail("--checkpoint is for --eval-only; to continue a run use --resume PATH")
     if first.checkpoint is not None and first.resume is not None:
         fail("--resume trains, --eval-only does not: choose one of them")
-    saved = first.checkpoint if first.resume is None else first.resume
-    if saved is not None:
-        settings = load_checkpoint(saved)["args"] | {"resume": None, "checkpoint": None, "run_dir": None}
-        source = f"read from {saved}"
-        if first.eval_only:
+    saved = [path for path in (first.checkpoint, first.resume, first.start_from) if path is not None]
+    if len(saved) > 1:
+        fail("--start-from begins a run: not with --resume or --eval-only")
+    if saved:
+        settings = load_checkpoint(saved[0])["args"] | {"resume": None, "checkpoint": None, "run_dir": None}
+        source = f"read from {saved[0]}"
+        if first.resume is None:
             settings |= {"track": False, "capture_video": False}  # those of the training
-        if first.eval_only and first.env not in (None, settings["env"]):
+        if first.resume is None and first.env not in (None, settings["env"]):
             settings |= {"env": first.env, "eval_goals": PRESETS.get(first.env, {}).get("eval_goals", ())}
             settings |= {} if settings["reward"] in SPECS[first.env].rewards else {"reward": None}
     else:
@@ -385,6 +392,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
         fail(f"--resume continues the run as it was set; not with another {changed}")
     if first.eval_only and changed:
         fail(f"--eval-only shows the agent as it was trained; not with another {changed}")
+    changed = ", ".join(name for name in START_KEEPS if getattr(args, name) != getattr(before, name))
+    if first.start_from is not None and changed:
+        fail(f"--start-from takes settings and networks of the file; not with another {changed}")
     check_args(args)
     return args
 
@@ -2007,6 +2017,8 @@ def main(args: Args):
         print(f"picture: {folder / 'pictures' / 'eval.png'}")
         return
 
+    if args.start_from and not args.resume:
+        load_parts(agents, load_checkpoint(args.start_from), args.start_from)
     worker_buffer, manager_buffer, segment = make_buffers(env, args, manager, worker, device)
     adam = dict(fused=True)  # not capturable: the trainings of these two are not recorded as CUDA graphs
     dynamics_optimizer = torch.optim.Adam(dynamics.parameters(), args.dynamics_lr, **adam)
@@ -2029,7 +2041,8 @@ def main(args: Args):
     loop.episode_steps = 0
     loop.obs, loop.goal = split_observation(env.reset(seed=args.seed)[0])
     env.get_state()  # an environment of yours that has none fails here, not when it is to be saved
-    uniform_share = 1.0 if args.uniform_warmup else args.random_subgoals
+    uniform_steps = args.learning_starts if args.uniform_warmup and not args.start_from else 0
+    uniform_share = 1.0 if uniform_steps else args.random_subgoals
     loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, uniform_share)
     segment.start(loop.obs)
     if args.resume:
@@ -2058,7 +2071,7 @@ def main(args: Args):
     for step in range(first_step, args.total_steps + 1):
         # ---- act; loop.first_subgoal: as the manager issued it; subgoal: what is left of it now
         obs, goal, subgoal = loop.obs, loop.goal, loop.subgoal
-        warm_up = args.uniform_warmup and step <= args.learning_starts
+        warm_up = step <= uniform_steps
         uniform_share = 1.0 if warm_up else args.random_subgoals  # of subgoals issued
         action = explore(worker, obs, subgoal, float(warm_up))
 

@@ -64,7 +64,7 @@ def first_command(config: dict) -> str:
     for word in words:
         name, equals, _ = word.partition("=")
         name = name.replace("_", "-")
-        if name in ("--run-dir", "--resume", "--worker-checkpoint"):
+        if name in ("--run-dir", "--resume", "--worker-checkpoint", "--start-from"):
             kept += [] if name == "--run-dir" else [name, "PATH"]
             equals or next(words)
         else:
