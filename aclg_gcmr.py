@@ -355,7 +355,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if first.eval_only and first.checkpoint is None:
         fail("--eval-only needs --checkpoint PATH")
     if first.checkpoint is not None and not first.eval_only:
-        fail("--checkpoint is for --eval-only; to continue a run use --resume PATH")
+        fail("--checkpoint is for --eval-only; to train on use --resume, or --start-from for an agent alone")
     if first.checkpoint is not None and first.resume is not None:
         fail("--resume trains, --eval-only does not: choose one of them")
     saved = [path for path in (first.checkpoint, first.resume, first.start_from) if path is not None]
@@ -374,7 +374,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         settings = {"env": env, "preset": first.preset, "variant": first.preset} | PRESETS.get(env, {})
         if first.preset == "quick":
             if env not in QUICK:
-                fail(f"--preset quick: {SCRIPT}.py has none for {env}; there is: {', '.join(QUICK)}")
+                known = ", ".join(QUICK) or "no environment"
+                fail(f"--preset quick: {SCRIPT}.py has none for {env}; it has one for {known}")
             settings |= QUICK[env]
         source = settings.pop("source", "this file's defaults, nothing was chosen for this environment")
     before = Args(**settings)
@@ -1903,7 +1904,7 @@ def load_run(path: str, parts: dict, env, device, fresh) -> tuple[int, SimpleNam
     """
     state = load_checkpoint(path)
     if "loop" not in state:
-        fail(f"{path} holds networks only; resume from a checkpoint.pt (a run with --save-every has one)")
+        fail(f"{path} holds networks only: use a checkpoint.pt (of --save-every), or begin with --start-from")
     differ = (state["loop"].keys() - {"step", "env", "generators"}) ^ vars(fresh).keys()
     if differ:
         names = ", ".join(sorted(differ))

@@ -13,7 +13,7 @@ from conftest import ROOT, SCRIPTS
 
 # Defined in more than one script with the same text; Class.method where the rest of the class differs.
 SHARED = """
-SCRIPT FORMAT STOP_SIGNALS RESUME_MAY_CHANGE EVAL_MAY_CHANGE whole_number Count fail parse_args
+SCRIPT FORMAT STOP_SIGNALS RESUME_MAY_CHANGE EVAL_MAY_CHANGE START_KEEPS whole_number Count fail parse_args
 subgoal_transition intrinsic_reward
 EnsembleLinear init_output_ Actor Critic in_blocks adam_step TD3 explore
 ReplayBuffer.__init__ ReplayBuffer.__len__ ReplayBuffer.add ReplayBuffer.sample ReplayBuffer.unpack
