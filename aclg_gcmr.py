@@ -686,7 +686,7 @@ class TD3:
                 getattr(self, name).load_state_dict(state[name])
         for optimizer in (self.actor_optimizer, self.critic_optimizer):
             for group in optimizer.param_groups:
-                group["capturable"] = self.limit.is_cuda  # the file may come from another device
+                group |= optimizer.defaults  # the file may come from another device or have other rates
 
 
 def explore(agent: TD3, obs, goal, uniform_share: float):

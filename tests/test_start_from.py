@@ -68,6 +68,19 @@ def test_the_run_is_its_own(module, published):
     assert args.run_dir is None and not args.track and not args.capture_video
 
 
+def test_optimizers_go_on_at_the_rates_of_the_new_run(module, published, tmp_path, monkeypatch):
+    """A run's own model.pt has them, with moments, and with the rates that it had."""
+    made = spy_on_worker(monkeypatch, module)[0]
+    argv = ["--start-from", str(published[0]), "--eval-every", "80", "--total-steps", "80"]
+    module.main(module.parse_args([*argv, "--run-dir", str(tmp_path / "a")]))
+    argv = ["--start-from", str(tmp_path / "a" / "model.pt"), "--actor-lr", "1e-5", "--total-steps", "60"]
+    module.main(module.parse_args([*argv, "--run-dir", str(tmp_path / "b")]))
+    for before, after in zip(made[0], made[1]):
+        old, new = before.actor_optimizer.state_dict(), after.actor_optimizer.state_dict()
+        assert old["param_groups"][0]["lr"] == 1e-3 and new["param_groups"][0]["lr"] == 1e-5
+        assert torch.equal(old["state"][0]["exp_avg"], new["state"][0]["exp_avg"])
+
+
 @pytest.mark.parametrize(
     "flags, word",
     [
