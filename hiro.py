@@ -72,8 +72,8 @@ RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "e
 RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
 EVAL_MAY_CHANGE = (*RESUME_MAY_CHANGE, "checkpoint", "eval_only", "env", "reward", "seed", "reached_radius")
 # arguments that --start-from may not change, as the networks have learned with them
-START_KEEPS = ("preset", "hidden", "subgoal_space", "subgoal_limit", "action_limit", "mask_xy")
-START_KEEPS += ("scale_worker_inputs", "rest_value", "worker_gamma", "manager_gamma")
+START_KEEPS = ("hidden", "subgoal_space", "subgoal_limit", "action_limit", "mask_xy", "scale_worker_inputs")
+START_KEEPS += ("rest_value", "worker_gamma", "manager_gamma", "manager_period", "manager_reward_scale")
 
 # ------------------------------------------------------------------------------------------------ arguments
 
@@ -279,18 +279,25 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if first.eval_only and first.checkpoint is None:
         fail("--eval-only needs --checkpoint PATH")
     if first.checkpoint is not None and not first.eval_only:
-        fail("--checkpoint is for --eval-only; to train on use --resume, or --start-from for an agent alone")
+        fail("--checkpoint is for --eval-only; to go on use --resume checkpoint.pt or --start-from model.pt")
     if first.checkpoint is not None and first.resume is not None:
         fail("--resume trains, --eval-only does not: choose one of them")
-    saved = [path for path in (first.checkpoint, first.resume, first.start_from) if path is not None]
-    if len(saved) > 1:
-        fail("--start-from begins a run: not with --resume or --eval-only")
-    if saved:
-        settings = load_checkpoint(saved[0])["args"] | {"resume": None, "checkpoint": None, "run_dir": None}
-        source = f"read from {saved[0]}"
+    begins = first.start_from is not None and first.checkpoint is None and first.resume is None
+    if begins and first.preset != "default":
+        fail("--start-from takes all settings of the file: leave out --preset")
+    saved = first.start_from if begins else first.checkpoint if first.resume is None else first.resume
+    if saved is not None:
+        settings = load_checkpoint(saved)["args"] | {"resume": None, "checkpoint": None, "run_dir": None}
+        source = f"read from {saved}"
+        if begins:  # a run of its own, with networks that know something
+            settings |= {"variant": f"{settings['variant']}_on", "uniform_warmup": False}
+            settings |= {"worker_checkpoint": None} if "worker_checkpoint" in settings else {}
         if first.resume is None:
             settings |= {"track": False, "capture_video": False}  # those of the training
         if first.resume is None and first.env not in (None, settings["env"]):
+            old = settings["env"]
+            if old in SPECS and SPECS[first.env].kind != SPECS[old].kind:
+                fail(f"--env {first.env} has another robot or other obs than {old}, where the agent learned")
             settings |= {"env": first.env, "eval_goals": PRESETS.get(first.env, {}).get("eval_goals", ())}
             settings |= {} if settings["reward"] in SPECS[first.env].rewards else {"reward": None}
     else:
@@ -318,8 +325,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if first.eval_only and changed:
         fail(f"--eval-only shows the agent as it was trained; not with another {changed}")
     changed = ", ".join(name for name in START_KEEPS if getattr(args, name) != getattr(before, name))
-    if first.start_from is not None and changed:
-        fail(f"--start-from takes settings and networks of the file; not with another {changed}")
+    if begins and changed:
+        fail(f"--start-from takes the networks as they have learned; not with another {changed}")
     check_args(args)
     return args
 
@@ -386,8 +393,10 @@ def check_args(args: Args):
         fail("--candidates must be at least 3: the stored subgoal, the displacement and one draw")
     if args.redrawn_subgoals > 0 and args.freeze_worker:
         fail("--redrawn-subgoals must be 0 with --freeze-worker, whose worker does not learn")
-    if args.freeze_worker and args.worker_checkpoint is None:
+    if args.freeze_worker and args.worker_checkpoint is None and args.start_from is None:
         fail("--freeze-worker needs --worker-checkpoint PATH, or the worker would never learn")
+    if args.worker_checkpoint is not None and args.start_from is not None:
+        fail("--start-from brings a worker: leave out --worker-checkpoint")
 
 
 # ------------------------------------------------------------------------------------------------- subgoals
@@ -1236,7 +1245,7 @@ def make_run_dir(args: Args) -> Path:
     default = f"runs/{args.env}__{SCRIPT}__{args.variant}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.run_dir or (Path(args.resume).parent if args.resume else default))
     own = args.resume and run_dir.resolve() == Path(args.resume).parent.resolve()
-    files = ("config.json", "progress.csv", "checkpoint.pt")
+    files = ("config.json", "progress.csv", "checkpoint.pt", "model.pt")
     if not own and any((run_dir / name).exists() for name in files):
         fail(f"{run_dir} holds a run already; choose another --run-dir, or --resume the checkpoint.pt in it")
     try:
@@ -1299,8 +1308,7 @@ def main(args: Args):
     loop.returns, loop.episode_return = [], 0.0
     loop.obs, loop.goal = split_observation(env.reset(seed=args.seed)[0])
     env.get_state()  # an environment of yours that has none fails here, not when it is to be saved
-    uniform_steps = args.learning_starts if args.uniform_warmup and not args.start_from else 0
-    uniform_share = 1.0 if uniform_steps else args.random_subgoals
+    uniform_share = 1.0 if args.uniform_warmup else args.random_subgoals
     loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, uniform_share)
     segment.start(loop.obs)
     if args.resume:
@@ -1326,7 +1334,7 @@ def main(args: Args):
     for step in range(first_step, args.total_steps + 1):
         # ---- act; loop.first_subgoal: as the manager issued it; subgoal: what is left of it now
         obs, goal, subgoal = loop.obs, loop.goal, loop.subgoal
-        warm_up = step <= uniform_steps
+        warm_up = args.uniform_warmup and step <= args.learning_starts
         uniform_share = 1.0 if warm_up else args.random_subgoals  # of subgoals issued
         action = explore(worker, obs, subgoal, float(warm_up and worker_learns))
 

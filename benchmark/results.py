@@ -62,11 +62,12 @@ def first_command(config: dict) -> str:
     python, script, *words = shlex.split(config.get("earlier_commands", [config["command"]])[0])
     words, kept = iter(words), [python, Path(script).name]
     for word in words:
-        name, equals, _ = word.partition("=")
+        name, equals, value = word.partition("=")
         name = name.replace("_", "-")
         if name in ("--run-dir", "--resume", "--worker-checkpoint", "--start-from"):
-            kept += [] if name == "--run-dir" else [name, "PATH"]
-            equals or next(words)
+            value = value if equals else next(words)
+            shown = {"--run-dir": [], "--start-from": [name, Path(value).name]}
+            kept += shown.get(name, [name, "PATH"])
         else:
             kept.append(word)
     return shlex.join(kept)

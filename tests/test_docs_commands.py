@@ -15,7 +15,7 @@ def commands():
     for page in PAGES:
         text = page.read_text().replace("\\\n", " ")
         variables = dict(re.findall(r'^([A-Z]+)="(.*)"$', text, re.M))
-        for block in re.findall(r"```\n(.*?)```", text, re.S):
+        for block in re.findall(r"```\w*\n(.*?)```", text, re.S):
             for line in block.splitlines():
                 yield page.name, line, variables
         for line in re.findall(
@@ -44,7 +44,7 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize("script, words", ALL)
 def test_command_is_understood(script, words, monkeypatch):
-    """Placeholders (runs/..., D, J_HRL, AGENT) become what a user would write."""
+    """Placeholders (runs/..., D, J_HRL) become what a user would write."""
     monkeypatch.chdir(ROOT)
     module = importlib.import_module(script)
     for flag in ("--resume", "--checkpoint", "--start-from"):

@@ -13,7 +13,7 @@ from conftest import ROOT, SCRIPTS
 
 # Defined in more than one script with the same text; Class.method where the rest of the class differs.
 SHARED = """
-SCRIPT FORMAT STOP_SIGNALS RESUME_MAY_CHANGE EVAL_MAY_CHANGE START_KEEPS whole_number Count fail parse_args
+SCRIPT FORMAT STOP_SIGNALS RESUME_MAY_CHANGE EVAL_MAY_CHANGE whole_number Count fail parse_args
 subgoal_transition intrinsic_reward
 EnsembleLinear init_output_ Actor Critic in_blocks adam_step TD3 explore
 ReplayBuffer.__init__ ReplayBuffer.__len__ ReplayBuffer.add ReplayBuffer.sample ReplayBuffer.unpack
@@ -28,7 +28,8 @@ redraw_subgoals safe_norm try_to_render load_worker
 """.split()
 # What a method is about: the same name, another text.
 DIFFERENT = """
-Args PRESETS QUICK FULL SUBGOAL_SPACES check_args ReplayBuffer update_worker update_manager make_agents main
+Args START_KEEPS PRESETS QUICK FULL SUBGOAL_SPACES
+check_args ReplayBuffer update_worker update_manager make_agents main
 """.split()
 # Shared by the others: segments of cher.py hold the worker's subgoals and rewards, as it has one replay;
 # aclg_gcmr.py has HIGL's order of candidates, relabels by its model, and scales the worker's reward.

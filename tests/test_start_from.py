@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY, TINY_OF, spy_on_worker
+from conftest import ROOT, TINY, TINY_OF, spy_on_worker
 
 from common_envs import make_env
 
@@ -63,9 +63,9 @@ def test_the_run_is_its_own(module, published):
     state["args"] |= {"run_dir": "elsewhere", "track": True, "capture_video": True}
     torch.save(state, path)
     args = module.parse_args(["--start-from", str(path), "--seed", "7", "--actor-lr", "1e-5"])
-    assert (args.env, args.variant, args.hidden) == ("PointMaze-U", "mine", 32)
+    assert (args.env, args.variant, args.hidden) == ("PointMaze-U", "mine_on", 32)
     assert (args.seed, args.actor_lr) == (7, 1e-5)
-    assert args.run_dir is None and not args.track and not args.capture_video
+    assert args.run_dir is None and not args.track and not args.capture_video and not args.uniform_warmup
 
 
 def test_optimizers_go_on_at_the_rates_of_the_new_run(module, published, tmp_path, monkeypatch):
@@ -73,35 +73,98 @@ def test_optimizers_go_on_at_the_rates_of_the_new_run(module, published, tmp_pat
     made = spy_on_worker(monkeypatch, module)[0]
     argv = ["--start-from", str(published[0]), "--eval-every", "80", "--total-steps", "80"]
     module.main(module.parse_args([*argv, "--run-dir", str(tmp_path / "a")]))
-    argv = ["--start-from", str(tmp_path / "a" / "model.pt"), "--actor-lr", "1e-5", "--total-steps", "60"]
-    module.main(module.parse_args([*argv, "--run-dir", str(tmp_path / "b")]))
+    argv = ["--start-from", str(tmp_path / "a" / "model.pt"), "--total-steps", "60", "--actor-lr", "1e-5"]
+    argv += ["--critic-lr", "1e-6", "--critic-weight-decay", "0.5", "--run-dir", str(tmp_path / "b")]
+    module.main(module.parse_args(argv))
     for before, after in zip(made[0], made[1]):
         old, new = before.actor_optimizer.state_dict(), after.actor_optimizer.state_dict()
         assert old["param_groups"][0]["lr"] == 1e-3 and new["param_groups"][0]["lr"] == 1e-5
         assert torch.equal(old["state"][0]["exp_avg"], new["state"][0]["exp_avg"])
+        group = after.critic_optimizer.param_groups[0]
+        assert (group["lr"], group["weight_decay"]) == (1e-6, 0.5)
 
 
 @pytest.mark.parametrize(
     "flags, word",
     [
-        ("--eval-only --checkpoint {path}", "--start-from begins"),
-        ("--resume {path}", "--start-from begins"),
         ("--hidden 16", "hidden"),
-        ("--preset quick", "preset"),
+        ("--preset quick", "leave out --preset"),
+        ("--manager-period 5", "manager_period"),
         ("--worker-gamma 0.5", "worker_gamma"),
         ("--subgoal-limit 3 3 --hidden 16", "hidden, subgoal_limit"),
+        ("--env AntMaze-U", "another robot"),
     ],
 )
 def test_refusals(module, published, flags, word):
-    path, _ = published
     with pytest.raises(SystemExit) as stop:
-        module.parse_args(["--start-from", str(path), *flags.format(path=path).split()])
+        module.parse_args(["--start-from", str(published[0]), *flags.split()])
     assert stop.value.code.startswith(f"{module.SCRIPT}.py: error: ") and word in stop.value.code
 
 
-def test_an_environment_with_other_obs_is_refused(module, published, tmp_path):
-    path, _ = published
+@pytest.mark.parametrize(
+    "script, flags, word",
+    [
+        ("hiro", "--worker-checkpoint w.pt", "leave out --worker-checkpoint"),
+        ("cher", "--worker-checkpoint w.pt", "leave out --worker-checkpoint"),
+        ("cher", "--flat", "flat"),
+        ("aclg_gcmr", "--novelty-landmarks 7", "novelty_landmarks"),
+        ("aclg_gcmr", "--worker-reward-scale 2", "worker_reward_scale"),
+    ],
+)
+def test_refusals_of_one_script(script, flags, word):
+    module = pytest.importorskip(script)
+    agent = ROOT / "benchmark" / "agents" / f"{script}.pt"
     with pytest.raises(SystemExit) as stop:
-        argv = ["--start-from", str(path), "--env", "AntMaze-U", "--run-dir", str(tmp_path / "run")]
+        module.parse_args(["--start-from", str(agent), *flags.split()])
+    assert stop.value.code.startswith(f"{script}.py: error: ") and word in stop.value.code
+
+
+@pytest.mark.parametrize("script", ["hiro", "cher"])
+def test_worker_of_the_file_may_stay_as_it_is(script):
+    """Also that of a run whose own worker came from a file."""
+    module = pytest.importorskip(script)
+    agents = ROOT / "benchmark" / "agents"
+    args = module.parse_args(["--start-from", str(agents / f"{script}.pt"), "--freeze-worker"])
+    assert args.freeze_worker and args.worker_checkpoint is None
+    if script == "hiro":
+        args = module.parse_args(["--start-from", str(agents / "hiro_ularge.pt")])
+        assert args.freeze_worker and args.worker_checkpoint is None
+
+
+def test_a_command_with_it_is_continued(module, published, tmp_path, monkeypatch):
+    """benchmark/run.py and Slurm repeat the whole command, with --resume before it."""
+    spy_on_worker(monkeypatch, module)
+    command = ["--start-from", str(published[0]), "--actor-lr", "1e-5", "--total-steps"]
+    module.main(module.parse_args([*command, "60", "--save-every", "60", "--run-dir", str(tmp_path / "run")]))
+    again = ["--resume", str(tmp_path / "run" / "checkpoint.pt"), *command, "70"]
+    args = module.parse_args(again)
+    assert args.start_from == str(published[0]) and args.variant == "mine_on"
+    with pytest.raises(SystemExit) as stop:
+        module.parse_args([*again, "--start-from", "other.pt"])
+    assert "start_from" in stop.value.code
+
+
+PUBLISHED = {"hiro": "hiro_ant", "cher": "cher_ularge", "aclg_gcmr": "aclg_gcmr"}
+
+
+def test_another_maze(module, tmp_path, monkeypatch):
+    """The ant of one maze begins in another; landmarks of the old one are forgotten."""
+    made = spy_on_worker(monkeypatch, module)[0]
+    agent = str(ROOT / "benchmark" / "agents" / f"{PUBLISHED[module.SCRIPT]}.pt")
+    argv = ["--start-from", agent, "--env", "AntMaze-W", "--total-steps", "20", "--threads", "1"]
+    module.main(module.parse_args([*argv, "--run-dir", str(tmp_path / "run")]))
+    old, new = (torch.load(path, weights_only=True) for path in (agent, tmp_path / "run" / "model.pt"))
+    for name, weight in old["worker"]["actor"].items():
+        assert torch.equal(weight, new["worker"]["actor"][name])
+    assert new["args"]["env"] == "AntMaze-W" and len(made) == 1
+    if module.SCRIPT == "aclg_gcmr":
+        assert (old["novelty"]["score"] > -torch.inf).any() and (new["novelty"]["score"] == -torch.inf).all()
+
+
+def test_a_maze_with_other_obs_is_refused(module, tmp_path):
+    """AntMaze-Bottleneck's obs has no time."""
+    agent = str(ROOT / "benchmark" / "agents" / f"{PUBLISHED[module.SCRIPT]}.pt")
+    argv = ["--start-from", agent, "--env", "AntMaze-Bottleneck", "--run-dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stop:
         module.main(module.parse_args(argv))
-    assert stop.value.code.startswith(f"{module.SCRIPT}.py: error: ") and not (tmp_path / "run").exists()
+    assert "does not fit" in stop.value.code and not (tmp_path / "run").exists()
