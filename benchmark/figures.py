@@ -33,6 +33,10 @@ CURVES = {
         + LONG_CHER,
         "eval/success",
     ),
+    "curves_ularge_on.png": (
+        [f"hiro/AntMaze-ULarge/{run}" for run in ("quick/seed2", "quick_on", "quick_on_slow")],
+        "eval/success_goal2",
+    ),
     "curves_ularge_cher.png": (LONG_CHER, "eval/success"),
     "curves_ularge_cher_quick.png": (
         [f"cher/AntMaze-ULarge/{run}" for run in ("quick/seed1", "quick/seed2", "quick_hrl")],
