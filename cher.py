@@ -83,9 +83,9 @@ RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "e
 RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
 EVAL_MAY_CHANGE = (*RESUME_MAY_CHANGE, "checkpoint", "eval_only", "env", "reward", "seed", "reached_radius")
 # arguments that --start-from may not change, as the networks have learned with them
-START_KEEPS = ("hidden", "subgoal_space", "subgoal_limit", "action_limit", "mask_xy", "scale_worker_inputs")
-START_KEEPS += ("rest_value", "worker_gamma", "manager_gamma", "manager_period", "manager_reward_scale")
-START_KEEPS += ("flat",)
+START_KEEPS = ("preset", "reward", "hidden", "subgoal_space", "subgoal_limit", "action_limit", "mask_xy")
+START_KEEPS += ("scale_worker_inputs", "rest_value", "worker_gamma", "manager_gamma", "manager_period")
+START_KEEPS += ("manager_reward_scale", "flat")
 
 # ------------------------------------------------------------------------------------------------ arguments
 

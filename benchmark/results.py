@@ -66,7 +66,8 @@ def first_command(config: dict) -> str:
         name = name.replace("_", "-")
         if name in ("--run-dir", "--resume", "--worker-checkpoint", "--start-from"):
             value = value if equals else next(words)
-            shown = {"--run-dir": [], "--start-from": [name, Path(value).name]}
+            agent = Path(value).name if Path(value).is_absolute() else value
+            shown = {"--run-dir": [], "--start-from": [name, agent]}
             kept += shown.get(name, [name, "PATH"])
         else:
             kept.append(word)

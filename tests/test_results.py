@@ -73,8 +73,8 @@ def test_the_command_that_started_a_run():
     command = "python /home/me/cher.py --run_dir=/x --worker-checkpoint /y/model.pt --freeze-worker"
     shown = "python cher.py --worker-checkpoint PATH --freeze-worker"
     assert results.first_command({"command": command}) == shown
-    command = "python hiro.py --start-from=/y/ant.pt --start-from /y/b.pt --seed 1"
-    shown = "python hiro.py --start-from ant.pt --start-from b.pt --seed 1"
+    command = "python hiro.py --start-from=/y/ant.pt --start-from benchmark/b.pt --seed 1"
+    shown = "python hiro.py --start-from ant.pt --start-from benchmark/b.pt --seed 1"
     assert results.first_command({"command": command}) == shown
 
 
