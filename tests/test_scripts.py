@@ -625,9 +625,10 @@ class Trap:
 
 def test_checkpoint_of_another_environment(script, run, model_of, tmp_path):
     flags = ["--eval-only", "--checkpoint", model_of(script), "--env", "AntMaze-U"]
-    one_line_on_stderr(run(script, *flags, ok=False), script)
+    assert "has another robot" in one_line_on_stderr(run(script, *flags, ok=False), script)
     state = torch.load(model_of(script), weights_only=True)
-    torch.save(state | {"args": state["args"] | {"action_limit": ()}}, tmp_path / "model.pt")
+    wrong = {"env": "AntMaze-U", "action_limit": ()}  # networks of the point say that they are an ant's
+    torch.save(state | {"args": state["args"] | wrong}, tmp_path / "model.pt")
     flags[2] = tmp_path / "model.pt"
     text = one_line_on_stderr(run(script, *flags, ok=False), script)
     assert "does not fit" in text and "size mismatch for layers.0.weight" in text
