@@ -82,7 +82,7 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_I
 RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
 RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
 EVAL_MAY_CHANGE = (*RESUME_MAY_CHANGE, "checkpoint", "eval_only", "env", "reward", "seed", "reached_radius")
-# arguments that --start-from may not change, as the networks have learned with them
+# arguments that --start-from may not change: the networks have learned with them (preset: names them)
 START_KEEPS = ("preset", "reward", "hidden", "subgoal_space", "subgoal_limit", "action_limit", "mask_xy")
 START_KEEPS += ("scale_worker_inputs", "rest_value", "worker_gamma", "manager_gamma", "manager_period")
 START_KEEPS += ("manager_reward_scale", "flat")
@@ -618,7 +618,8 @@ class TD3:
                 getattr(self, name).load_state_dict(state[name])
         for optimizer in (self.actor_optimizer, self.critic_optimizer):
             for group in optimizer.param_groups:
-                group |= optimizer.defaults  # the file may come from another device or have other rates
+                # as constructed: the file may come from another device, or from a run with other rates
+                group |= optimizer.defaults
 
 
 def explore(agent: TD3, obs, goal, uniform_share: float):

@@ -26,7 +26,8 @@ GCMR do. Solved at: the first step at which the mean of five evaluations in a ro
 the environment's rewards per evaluation episode, mean of the last five (AntGather has no goal and so no
 success). Progress: of the worker in training, metres along the subgoal per period, mean of the last five
 rows. Hours: wall-clock of one run, often beside others; some count pauses. Unfinished: stopped before its own
---total-steps, which may be less than the script's length for the environment.
+--total-steps, which may be less than the script's length for the environment. Runs with --start-from in their
+command (below) began with a trained agent, not from scratch; their steps and `solved at` count from there.
 """
 ORIGIN = """
 ## Commits, machines and commands
