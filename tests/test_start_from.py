@@ -133,6 +133,33 @@ def test_worker_of_the_file_may_stay_as_it_is(script):
         assert args.freeze_worker and args.worker_checkpoint is None
 
 
+def test_a_frozen_worker_stays_as_it_is(module, published, tmp_path, monkeypatch):
+    """--freeze-worker with --start-from: the manager alone learns."""
+    if module.SCRIPT == "aclg_gcmr":
+        pytest.skip("it has no --freeze-worker")
+    path, agents = published
+    made, by_policy = spy_on_worker(monkeypatch, module)
+    argv = ["--start-from", str(path), "--freeze-worker", "--eval-every", "1000", "--total-steps", "80"]
+    argv += ["--no-hindsight", "--relabeling", "none"] if module.SCRIPT == "cher" else []
+    module.main(module.parse_args([*argv, "--run-dir", str(tmp_path / "run")]))
+    manager, worker = made[0]
+    assert len(by_policy) == 80 and all(by_policy), "without noise"
+    assert torch.equal(numbers([worker]), numbers(agents[1:]))
+    assert not torch.equal(numbers([manager]), numbers(agents[:1]))
+
+
+def test_hrl_from_an_agent_tells_no_j_hrl(module, published, tmp_path, monkeypatch, capsys):
+    """Its worker may have learned under another manager; the same run from scratch tells it."""
+    if module.SCRIPT != "cher":
+        pytest.skip("of cher.py alone")
+    flags = "--coop-weight 0 --coop-delta None --no-hindsight --relabeling none --total-steps 80".split()
+    begins = {"new": ["--env", "PointMaze-U", *TINY], "on": ["--start-from", str(published[0])]}
+    for name, begin in begins.items():
+        spy_on_worker(monkeypatch, module)
+        module.main(module.parse_args([*begin, *flags, "--run-dir", str(tmp_path / name)]))
+        assert ("J_HRL = " in capsys.readouterr().out) is (name == "new")
+
+
 def test_a_command_with_it_is_continued(module, published, tmp_path, monkeypatch):
     """benchmark/run.py and Slurm repeat the whole command, with --resume before it."""
     spy_on_worker(monkeypatch, module)
