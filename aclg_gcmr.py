@@ -76,7 +76,7 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_I
 RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
 RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
 EVAL_MAY_CHANGE = (*RESUME_MAY_CHANGE, "checkpoint", "eval_only", "env", "reward", "seed", "reached_radius")
-# arguments that --start-from may not change: the networks have learned with them (preset: names them)
+# arguments that --start-from may not change: the networks have learned with them (preset: names settings)
 START_KEEPS = ("preset", "reward", "hidden", "subgoal_space", "subgoal_limit", "action_limit", "mask_xy")
 START_KEEPS += ("scale_worker_inputs", "rest_value", "worker_gamma", "manager_gamma", "manager_period")
 START_KEEPS += ("manager_reward_scale", "worker_reward_scale", "time_limit_is_terminal", "novelty_landmarks")
@@ -133,14 +133,14 @@ class Args:
     # --- Hierarchy (HIRO) ---
     manager_period: int = 10  # c, worker steps per subgoal
     subgoal_space: Literal["xy", "xyz", "xy_block"] = "xy"  # which first entries of obs
-    subgoal_limit: tuple[float, ...] = ()  # half-range of subgoals, in metres first; empty: SUBGOAL_SPACES
+    subgoal_limit: tuple[float, ...] = ()  # subgoals lie within +-this, metres first; empty: SUBGOAL_SPACES
     mask_xy: bool = True  # hide obs entries 0, 1 (position) from the worker; True in HIRO's code
     manager_reward_scale: float = 0.1  # factor on the sum of environment rewards of a segment
     worker_reward_scale: float = 1.0  # factor on the worker's reward
     candidates: int = 12  # K, one is the stored subgoal, one the displacement (where the period ended)
     candidate_noise: float = 0.5  # std of the drawn candidates around the displacement, times half-range
     random_subgoals: float = 0.0  # share of subgoals drawn uniformly; not in the paper
-    worker_looks_ahead: bool = False  # True as in HIRO: a period's last step bootstraps from the next subgoal
+    worker_looks_ahead: bool = False  # a period's last step bootstraps from the next period's subgoal (HIRO)
     time_limit_is_terminal: bool = False  # True as released: every end of an episode is terminal
 
     # --- TD3, both levels ---
@@ -325,7 +325,7 @@ QUICK_ANT = {
 QUICK: dict[str, dict] = {
     "AntMaze-U": {"source": "found here, not in a paper: success 0.9 from about 100k on (docs)"} | QUICK_ANT,
     "AntMaze-W": {"source": "as AntMaze-U; the goal is reached in 0.9 from about 50k on (docs)"} | QUICK_ANT,
-    "AntMaze-Bottleneck": {"source": "as AntMaze-U; unsteady on one seed, 0 on another (docs)"} | QUICK_ANT,
+    "AntMaze-Bottleneck": {"source": "as AntMaze-U; unsteady, or 0 (three seeds, docs)"} | QUICK_ANT,
 }
 
 # Subgoals are about the first entries of obs: x and y, then z (HRAC's AntFall) or the block's x and y (GCMR's
@@ -504,7 +504,10 @@ def check_args(args: Args):
 
 
 def subgoal_transition(achieved, subgoal, next_achieved):
-    """h(s, g, s') = s + g - s' (HIRO): what is left to the same target, not clipped. [..., D]"""
+    """h(s, g, s') = s + g - s' (HIRO): what is left to the same target, not clipped. [..., D]
+
+    In shapes, here and below: B rows of a batch, D entries of a subgoal.
+    """
     return achieved + subgoal - next_achieved
 
 
@@ -539,7 +542,7 @@ class EnsembleLinear(nn.Module):
 
 
 def init_output_(layers: list[nn.Module], bound: float):
-    """DDPG's start: all biases 0, the output layer within +-bound. bound 0 leaves PyTorch's init."""
+    """As in HIRO's code: all biases 0, the output layer within +-bound. bound 0 leaves PyTorch's init."""
     if bound > 0:
         for layer in layers:
             nn.init.zeros_(layer.bias)
@@ -567,9 +570,10 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Twin Q functions: (obs, goal, action) -> q [2, B]. Inputs [B, .] are shared, [2, B, .] one for each.
 
-    With rest > 0 (--rest-value, off by default) the network is on top of the value of resting for ever,
-    -rest |goal|. To TD learning that is potential-based shaping (Ng et al. 1999; Wiewiora 2003): the optimum
-    is the same, and the network's reward is rest (|goal| - |next goal|), what a step has gained.
+    With rest = 1 / (1 - gamma), times the reward's scale (--rest-value, off by default), the network is on
+    top of the value of resting for ever, -rest |goal|. To TD learning that is potential-based shaping (Ng et
+    al. 1999; Wiewiora 2003): the optimum is the same, and the network's reward is
+    rest (|goal| - |next goal|), what a step has gained.
     easy to overlook: q1 repeats forward for one member, for speed; in a network of yours it may return
     self(...)[0].
     """
@@ -601,7 +605,7 @@ class Critic(nn.Module):
 
 
 def in_blocks(function, *tensors, rows: int = 1024):
-    """function(*tensors) over blocks of rows, whose activations stay in a CPU's cache: 2.5 times as fast."""
+    """function(*tensors [N, .]) by blocks of rows; their activations stay in a CPU's cache: 2.5 x as fast."""
     if tensors[0].is_cuda:
         return function(*tensors)
     return torch.cat([function(*block) for block in zip(*(tensor.split(rows) for tensor in tensors))])
@@ -699,7 +703,10 @@ class TD3:
 
 
 def explore(agent: TD3, obs, goal, uniform_share: float):
-    """An action in training: with probability uniform_share a uniform one, else the policy's with noise."""
+    """An action in training: with probability uniform_share a uniform one, else the policy's with noise.
+
+    obs [obs_dim], goal [goal_dim] -> [action_dim], numpy.
+    """
     if uniform_share == 0 or (uniform_share < 1 and torch.rand(()) >= uniform_share):
         return agent.act(obs, goal, explore=True)
     return ((2 * torch.rand_like(agent.limit) - 1) * agent.limit).cpu().numpy()
@@ -1443,6 +1450,7 @@ def redraw_subgoals(worker: TD3, batch, args: Args):
 
     HIRO section 5.2, lower-level re-labelling. What happened does not depend on the subgoal and the reward of
     any other is known, so each step teaches all directions, whatever was asked for (Kaelbling 1993).
+    Changes subgoal, next_subgoal [B, D] and reward [B] of batch.
     """
     if args.redrawn_subgoals == 0:
         return batch
@@ -1633,7 +1641,8 @@ def writing(path: Path):
 class Recorder:
     """Watches evaluation: every path for a picture from above, and films on demand. Files start with `name`.
 
-    landmarks [n, 2 or more]: positions to mark, those of a planner.
+    landmarks [n, 2 or more]: positions to mark, those of aclg_gcmr.py's planner. has_subgoals: False where a
+    flat TD3 of cher.py acts.
     """
 
     def __init__(self, env, folder: Path, name: str, landmarks=()):
@@ -2008,17 +2017,21 @@ def main(args: Args):
     env, render_mode = make_env(args.env, args.reward), "rgb_array" if args.capture_video else None
     eval_env = make_env(args.env, args.reward, evaluate=True, render_mode=render_mode)
     manager, worker = make_agents(env, args, device)
-    obs_dim = len(env.observation_space["observation"].low)
+    obs_dim = env.observation_space["observation"].shape[0]
     dynamics = DynamicsEnsemble(obs_dim, len(worker.limit), args).to(device)
     adjacency = Adjacency(len(manager.limit), args).to(device)
     novelty = Novelty(obs_dim, len(manager.limit), args).to(device)
+    # agents: what model.pt holds; parts: what checkpoint.pt holds; loop: what else --resume brings back
     agents = {"manager": manager, "worker": worker, "novelty": novelty}  # novelty: for the pictures
     eval_seed = 1_000_003 * (args.seed + 1)  # far from the seeds of training
     if args.capture_video:
         try_to_render(eval_env)
 
     if args.eval_only:
-        load_parts(agents, load_checkpoint(args.checkpoint), args.checkpoint)
+        state = load_checkpoint(args.checkpoint)
+        load_parts(agents, state, args.checkpoint)
+        if state["args"]["env"] != args.env:
+            novelty.score.fill_(-torch.inf)  # landmarks of another maze
         folder = Path(args.run_dir or Path(args.checkpoint).parent)
         recorder = Recorder(eval_env, folder, "eval", novelty.landmarks())
         for name, value in evaluate(eval_env, manager, worker, args, eval_seed, recorder).items():
@@ -2060,7 +2073,7 @@ def main(args: Args):
     if args.resume:
         first_step, loop = load_run(args.resume, parts, env, device, loop)
         for group in novelty_optimizer.param_groups:
-            group["capturable"] = device.type == "cuda"  # the file may come from another device
+            group |= novelty_optimizer.defaults  # as constructed: the file may come from another device
         if first_step > args.total_steps:
             fail(f"{args.resume} is at step {first_step - 1} already; raise --total-steps")
     run_dir = make_run_dir(args)  # after all refusals: a refused --resume leaves the run's config.json alone
@@ -2129,9 +2142,9 @@ def main(args: Args):
             )
             xy_rows = (segment.obs_seq[0, :2], loop.first_subgoal[:2], next_obs[:2])
             loop.periods.append(np.concatenate(xy_rows).tolist())
-            segment.start(next_obs)
         if issued:  # from here on first_subgoal is that of the next segment
             loop.first_subgoal = explore(manager, next_obs, goal, uniform_share)
+            segment.start(next_obs)
         if issued and args.worker_looks_ahead:
             next_subgoal = loop.first_subgoal
 

@@ -82,7 +82,7 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_I
 RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
 RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
 EVAL_MAY_CHANGE = (*RESUME_MAY_CHANGE, "checkpoint", "eval_only", "env", "reward", "seed", "reached_radius")
-# arguments that --start-from may not change: the networks have learned with them (preset: names them)
+# arguments that --start-from may not change: the networks have learned with them (preset: names settings)
 START_KEEPS = ("preset", "reward", "hidden", "subgoal_space", "subgoal_limit", "action_limit", "mask_xy")
 START_KEEPS += ("scale_worker_inputs", "rest_value", "worker_gamma", "manager_gamma", "manager_period")
 START_KEEPS += ("manager_reward_scale", "flat")
@@ -139,7 +139,7 @@ class Args:
     # --- Hierarchy (HIRO) ---
     manager_period: int = 10  # c, worker steps per subgoal
     subgoal_space: Literal["full", "xyz", "xy"] = "full"  # first 15, 3 or 2 entries; "xy": as later papers
-    subgoal_limit: tuple[float, ...] = ()  # half-range of subgoals, in metres first; empty: SUBGOAL_SPACES
+    subgoal_limit: tuple[float, ...] = ()  # subgoals lie within +-this, metres first; empty: SUBGOAL_SPACES
     mask_xy: bool = False  # hide obs entries 0, 1 (position) from the worker; True in HIRO's code
     manager_reward_scale: float = 0.1  # factor on the sum of environment rewards of a segment
     relabeling: Literal["off_policy", "fun", "none"] = "none"  # HIRO's correction and its two ablations
@@ -160,7 +160,7 @@ class Args:
     hindsight: bool = False  # HAC: store segments with their end as their subgoal, but for deaths ...
     subgoal_testing_rate: float = 0.3  # ... and with this probability also as they were (deaths always)
     flat: bool = False  # one TD3 in the manager's place acts; no worker. Sets manager_period 1, coop_weight 0
-    worker_checkpoint: str | None = None  # model.pt whose worker to start from; uniform warm-up comes first
+    worker_checkpoint: str | None = None  # model.pt whose worker to start from; it learns after the warm-up
     freeze_worker: bool = False  # it neither learns nor explores, also in the warm-up
 
     # --- TD3, both levels ---
@@ -419,7 +419,7 @@ def check_args(args: Args):
     if args.redrawn_subgoals > 0 and args.freeze_worker:
         fail("--redrawn-subgoals must be 0 with --freeze-worker, whose worker does not learn")
     if args.freeze_worker and args.worker_checkpoint is None and args.start_from is None:
-        fail("--freeze-worker needs --worker-checkpoint PATH, or the worker would never learn")
+        fail("--freeze-worker needs --worker-checkpoint or --start-from PATH, or no worker ever learns")
     if args.worker_checkpoint is not None and args.start_from is not None:
         fail("--start-from brings a worker: leave out --worker-checkpoint")
 
@@ -428,7 +428,10 @@ def check_args(args: Args):
 
 
 def subgoal_transition(achieved, subgoal, next_achieved):
-    """h(s, g, s') = s + g - s' (HIRO): what is left to the same target, not clipped. [..., D]"""
+    """h(s, g, s') = s + g - s' (HIRO): what is left to the same target, not clipped. [..., D]
+
+    In shapes, here and below: B rows of a batch, D entries of a subgoal.
+    """
     return achieved + subgoal - next_achieved
 
 
@@ -463,7 +466,7 @@ class EnsembleLinear(nn.Module):
 
 
 def init_output_(layers: list[nn.Module], bound: float):
-    """DDPG's start: all biases 0, the output layer within +-bound. bound 0 leaves PyTorch's init."""
+    """As in HIRO's code: all biases 0, the output layer within +-bound. bound 0 leaves PyTorch's init."""
     if bound > 0:
         for layer in layers:
             nn.init.zeros_(layer.bias)
@@ -491,9 +494,10 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Twin Q functions: (obs, goal, action) -> q [2, B]. Inputs [B, .] are shared, [2, B, .] one for each.
 
-    With rest > 0 (--rest-value, off by default) the network is on top of the value of resting for ever,
-    -rest |goal|. To TD learning that is potential-based shaping (Ng et al. 1999; Wiewiora 2003): the optimum
-    is the same, and the network's reward is rest (|goal| - |next goal|), what a step has gained.
+    With rest = 1 / (1 - gamma), times the reward's scale (--rest-value, off by default), the network is on
+    top of the value of resting for ever, -rest |goal|. To TD learning that is potential-based shaping (Ng et
+    al. 1999; Wiewiora 2003): the optimum is the same, and the network's reward is
+    rest (|goal| - |next goal|), what a step has gained.
     easy to overlook: q1 repeats forward for one member, for speed; in a network of yours it may return
     self(...)[0].
     """
@@ -525,7 +529,7 @@ class Critic(nn.Module):
 
 
 def in_blocks(function, *tensors, rows: int = 1024):
-    """function(*tensors) over blocks of rows, whose activations stay in a CPU's cache: 2.5 times as fast."""
+    """function(*tensors [N, .]) by blocks of rows; their activations stay in a CPU's cache: 2.5 x as fast."""
     if tensors[0].is_cuda:
         return function(*tensors)
     return torch.cat([function(*block) for block in zip(*(tensor.split(rows) for tensor in tensors))])
@@ -623,7 +627,10 @@ class TD3:
 
 
 def explore(agent: TD3, obs, goal, uniform_share: float):
-    """An action in training: with probability uniform_share a uniform one, else the policy's with noise."""
+    """An action in training: with probability uniform_share a uniform one, else the policy's with noise.
+
+    obs [obs_dim], goal [goal_dim] -> [action_dim], numpy.
+    """
     if uniform_share == 0 or (uniform_share < 1 and torch.rand(()) >= uniform_share):
         return agent.act(obs, goal, explore=True)
     return ((2 * torch.rand_like(agent.limit) - 1) * agent.limit).cpu().numpy()
@@ -861,7 +868,8 @@ class CoopWeight:
     def load_state_dict(self, state: dict):
         self.log.data.copy_(state["log"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.optimizer.param_groups[0]["capturable"] = self.log.is_cuda  # the file may be another device's
+        for group in self.optimizer.param_groups:
+            group |= self.optimizer.defaults  # as constructed: the file may come from another device
 
 
 # -------------------------------------------------------------------------------------------------- updates
@@ -872,6 +880,7 @@ def redraw_subgoals(worker: TD3, batch, args: Args):
 
     HIRO section 5.2, lower-level re-labelling. What happened does not depend on the subgoal and the reward of
     any other is known, so each step teaches all directions, whatever was asked for (Kaelbling 1993).
+    Changes subgoal, next_subgoal [B, D] and reward [B] of batch.
     """
     if args.redrawn_subgoals == 0:
         return batch
@@ -1040,7 +1049,8 @@ def writing(path: Path):
 class Recorder:
     """Watches evaluation: every path for a picture from above, and films on demand. Files start with `name`.
 
-    landmarks [n, 2 or more]: positions to mark, those of a planner.
+    landmarks [n, 2 or more]: positions to mark, those of aclg_gcmr.py's planner. has_subgoals: False where a
+    flat TD3 of cher.py acts.
     """
 
     def __init__(self, env, folder: Path, name: str, landmarks=()):
@@ -1295,9 +1305,12 @@ def load_worker(worker: TD3, env, args: Args):
         old = state["args"].get(name, getattr(Args, name))
         if old != getattr(args, name):
             fail(f"{path} was trained with {name} {old}, this run has {getattr(args, name)}")
-    if args.scale_worker_inputs and state["args"].get("subgoal_limit", ()) != args.subgoal_limit:
-        fail(f"{path} scales its inputs by another subgoal_limit than {args.subgoal_limit}")
-    if SPECS[state["args"]["env"]].kind == "gather" and env.task.kind != "gather":
+    space = SUBGOAL_SPACES[args.subgoal_space]
+    saved_limit, limit = state["args"].get("subgoal_limit") or space, args.subgoal_limit or space
+    if args.scale_worker_inputs and tuple(saved_limit) != tuple(limit):
+        fail(f"{path} scales its inputs by subgoal_limit {saved_limit}, this run by {limit}")
+    old = state["args"]["env"]  # may be of a fork, unknown here
+    if old in SPECS and SPECS[old].kind == "gather" and env.task.kind != "gather":
         if env.task.kind != "ant" or env.task.observe_block:
             fail(f"{path} has a worker of AntGather: obs of {args.env} has other entries")
         robot = env.robot_nq + env.robot_nv  # entries before the sensors
@@ -1475,6 +1488,7 @@ def main(args: Args):
     env, render_mode = make_env(args.env, args.reward), "rgb_array" if args.capture_video else None
     eval_env = make_env(args.env, args.reward, evaluate=True, render_mode=render_mode)
     manager, worker = make_agents(env, args, device)
+    # agents: what model.pt holds; parts: what checkpoint.pt holds; loop: what else --resume brings back
     agents = {"manager": manager, "worker": worker}
     eval_seed = 1_000_003 * (args.seed + 1)  # far from the seeds of training
     if args.capture_video:

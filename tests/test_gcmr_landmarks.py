@@ -1,5 +1,6 @@
 """Landmarks by farthest points and by novelty, edges, path values, and the choice among landmarks."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -698,3 +699,14 @@ def test_a_graph_is_kept_for_some_plans():
             assert graph.edges[i, j].item() == pytest.approx(
                 min(wall_q(a[None], (b - a)[None]).item(), 0.0), abs=1e-4
             )
+
+
+def test_a_picture_of_another_maze_has_no_landmarks_of_the_old_one(tmp_path, monkeypatch, capsys):
+    agent = Path(__file__).parents[1] / "benchmark" / "agents" / "aclg_gcmr.pt"
+    marked, recorder = [], gcmr.Recorder
+    monkeypatch.setattr(gcmr, "evaluate", lambda *inputs: {})
+    monkeypatch.setattr(gcmr, "Recorder", lambda *inputs: marked.append(len(inputs[3])) or recorder(*inputs))
+    for env in ("AntMaze-U", "AntMaze-ULarge"):
+        flags = ["--eval-only", "--checkpoint", str(agent), "--env", env, "--run-dir", str(tmp_path)]
+        gcmr.main(gcmr.parse_args(flags))
+    assert marked[0] > 0 and marked[1] == 0

@@ -64,6 +64,35 @@ def test_loaded_worker_starts_as_it_was(tmp_path):
     assert equal(parameters(old), parameters(worker))
 
 
+@pytest.mark.parametrize("saved, flags", [((10.0, 10.0), ""), ((), "--subgoal-limit 10 10")])
+def test_the_default_limit_by_name_is_the_same_limit(tmp_path, saved, flags):
+    """The space's own half-range, once as numbers and once as (): nothing to refuse."""
+    path = tmp_path / "old.pt"
+    trained(path)
+    state = torch.load(path, weights_only=True)
+    state["args"] |= {"subgoal_limit": list(saved), "scale_worker_inputs": True}
+    torch.save(state, path)
+    env, flags = (
+        make_env("AntMaze-ULarge"),
+        ["--subgoal-space", "xy", "--scale-worker-inputs", *flags.split()],
+    )
+    args = hiro.parse_args(["--hidden", "32", *flags, "--worker-checkpoint", str(path)])
+    hiro.load_worker(hiro.make_agents(env, args, CPU)[1], env, args)
+
+
+def test_a_worker_of_a_maze_that_only_a_fork_has(tmp_path):
+    path = tmp_path / "old.pt"
+    old = trained(path)
+    state = torch.load(path, weights_only=True)
+    state["args"]["env"] = "AntMaze-Zigzag"
+    torch.save(state, path)
+    env, args = make_env("AntMaze-ULarge"), hiro.parse_args([*LARGE, "--hidden", "32"])
+    args.worker_checkpoint = str(path)
+    _, worker = hiro.make_agents(env, args, CPU)
+    hiro.load_worker(worker, env, args)
+    assert equal(parameters(old), parameters(worker))
+
+
 @pytest.mark.parametrize(
     "flags, word",
     [
