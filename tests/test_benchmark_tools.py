@@ -1,4 +1,4 @@
-"""benchmark/plot.py and speed.py against numbers by hand; run.py: grids that end, stop, go on and fail."""
+"""benchmark: plot.py, speed.py and graft.py against numbers by hand; run.py: grids that end, stop, go on, fail."""
 
 import importlib.util
 import json
@@ -432,3 +432,47 @@ def test_cell(speed, script, capsys):
     speed.print_cell(speed.Args(cell=script, repeats=1, rows=speed.FULL), tiny)
     cell = json.loads(capsys.readouterr().out)
     assert cell["batch"] == 16 and cell["ms"] > 0 and 0.05 < cell["peak"] < 50
+
+
+# -------------------------------------------------------------------------------------------------- graft.py
+
+
+def both_levels(module, path):
+    """manager and worker of a file, as the script builds them for it."""
+    args = module.parse_args(["--eval-only", "--checkpoint", str(path)])
+    agents = module.make_agents(module.make_env(args.env, args.reward), args, torch.device("cpu"))
+    module.load_parts(
+        dict(zip(("manager", "worker"), agents)), torch.load(path, weights_only=True), str(path)
+    )
+    return agents
+
+
+def test_graft_discount(tmp_path):
+    """rest 20 -> 50: resting is worth what the new gamma says, what is gained on top 2.5 times as much."""
+    hiro = pytest.importorskip("hiro")
+    agent, out = ROOT / "benchmark" / "agents" / "hiro_ularge_scratch.pt", tmp_path / "out.pt"
+    load("graft").discount(agent, out, 0.98)
+    old, new = both_levels(hiro, agent)[1], both_levels(hiro, out)[1]
+    assert (old.gamma, new.gamma) == (0.95, 0.98)
+    obs, goal, action = torch.randn(5, 30), 5 * torch.randn(5, 2), torch.randn(5, 8)
+    gained = old.critic(obs, goal, action) + 20 * goal.norm(dim=1)
+    torch.testing.assert_close(new.critic(obs, goal, action), 2.5 * gained - 50 * goal.norm(dim=1))
+    assert torch.equal(new.actor(obs, goal), old.actor(obs, goal))
+    assert hiro.parse_args(["--start-from", str(out)]).worker_gamma == 0.98
+
+
+def test_graft_without_time(tmp_path):
+    """The agent acts in AntMaze-Bottleneck as the old ones do at 0.2, 40 % of an episode of AntMaze-U."""
+    gcmr = pytest.importorskip("aclg_gcmr")
+    agents, out = ROOT / "benchmark" / "agents", tmp_path / "out.pt"
+    files = agents / "aclg_gcmr_dense.pt", agents / "aclg_gcmr.pt"
+    load("graft").without_time(*files, out)
+    manager, worker = both_levels(gcmr, out)
+    old_worker, old_manager = both_levels(gcmr, files[0])[1], both_levels(gcmr, files[1])[0]
+    obs, goal, action = torch.randn(5, 29), 5 * torch.randn(5, 2), torch.randn(5, 8)
+    timed = torch.cat([obs, torch.full((5, 1), 0.2)], 1)
+    for new, old, act in ((worker, old_worker, action), (manager, old_manager, goal)):
+        torch.testing.assert_close(new.actor(obs, goal), old.actor(timed, goal), atol=1e-4, rtol=1e-4)
+        q = old.critic(timed, goal, act)
+        torch.testing.assert_close(new.critic(obs, goal, act), q, atol=1e-3, rtol=1e-4)
+    assert gcmr.parse_args(["--start-from", str(out)]).env == "AntMaze-Bottleneck"
