@@ -1,4 +1,4 @@
-"""benchmark: plot.py, speed.py and graft.py against numbers by hand; run.py: grids that end, stop, go on, fail."""
+"""benchmark: plot.py, speed.py, graft.py by hand-made numbers; run.py: grids that end, stop, go on, fail."""
 
 import importlib.util
 import json
