@@ -1,6 +1,7 @@
-"""Agents for another discount or another task, to begin with by --start-from: two experiments of LOG.md.
+"""Agents for another discount or another task, to begin with by --start-from: three experiments of LOG.md.
 
 python benchmark/graft.py discount AGENT OUT --worker-gamma 0.98   # its worker looks further ahead
+python benchmark/graft.py see-xy AGENT OUT                         # its worker sees where it is
 python benchmark/graft.py without-time WORKER MANAGER OUT          # of aclg_gcmr.py, for AntMaze-Bottleneck
 """
 
@@ -34,6 +35,19 @@ def discount(agent: Positional[Path], out: Positional[Path], worker_gamma: float
     torch.save(state, out)
 
 
+def see_xy(agent: Positional[Path], out: Positional[Path]):
+    """The agent with --no-mask-xy: its worker acts as before, x and y weigh nothing until it learns."""
+    state = torch.load(agent, weights_only=True)
+    for net in ("actor", "target_actor", "critic", "target_critic"):
+        weight = state["worker"][net]["layers.0.weight"]  # so far untouched, as these inputs were hidden
+        inputs = weight if net.endswith("critic") else weight.T  # [.., inputs, units]
+        inputs[..., :2, :] = 0
+    for optimizer in ("actor_optimizer", "critic_optimizer"):
+        state["worker"].pop(optimizer, None)
+    state["args"]["mask_xy"] = False
+    torch.save(state, out)
+
+
 def without_time(worker: Positional[Path], manager: Positional[Path], out: Positional[Path]):
     """The worker of one agent of AntMaze-U and the manager of another, without the time, obs' last entry.
 
@@ -56,4 +70,6 @@ def without_time(worker: Positional[Path], manager: Positional[Path], out: Posit
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"discount": discount, "without-time": without_time})
+    tyro.extras.subcommand_cli_from_dict(
+        {"discount": discount, "see-xy": see_xy, "without-time": without_time}
+    )

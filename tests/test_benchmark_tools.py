@@ -476,3 +476,17 @@ def test_graft_without_time(tmp_path):
         q = old.critic(timed, goal, act)
         torch.testing.assert_close(new.critic(obs, goal, act), q, atol=1e-3, rtol=1e-4)
     assert gcmr.parse_args(["--start-from", str(out)]).env == "AntMaze-Bottleneck"
+
+
+def test_graft_see_xy(tmp_path):
+    """Position changes nothing at first, but it is seen: a gradient reaches its weights."""
+    gcmr = pytest.importorskip("aclg_gcmr")
+    agent, out = ROOT / "benchmark" / "agents" / "aclg_gcmr.pt", tmp_path / "out.pt"
+    load("graft").see_xy(agent, out)
+    old, new = both_levels(gcmr, agent)[1], both_levels(gcmr, out)[1]
+    obs, goal, action = torch.randn(5, 30), torch.randn(5, 2), torch.randn(5, 8)
+    assert torch.equal(new.actor(obs, goal), old.actor(obs, goal))
+    torch.testing.assert_close(new.critic(obs, goal, action), old.critic(obs, goal, action))
+    new.actor(obs, goal).sum().backward()
+    assert (new.actor.layers[0].weight.grad[:, :2] != 0).any()
+    assert not gcmr.parse_args(["--start-from", str(out)]).mask_xy
