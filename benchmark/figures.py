@@ -34,7 +34,10 @@ CURVES = {
         "eval/success",
     ),
     "curves_ularge_on.png": (
-        [f"hiro/AntMaze-ULarge/{run}" for run in ("quick/seed2", "quick_on", "quick_on_slow")],
+        [
+            f"hiro/AntMaze-ULarge/{run}"
+            for run in ("quick/seed2", "quick_on", "quick_on_slow", "quick_on_g98")
+        ],
         "eval/success_goal2",
     ),
     "curves_ularge_cher.png": (LONG_CHER, "eval/success"),
@@ -64,7 +67,8 @@ CURVES = {
     # by GCMR's rule, as W's training episodes end at the goal
     "curves_w.png": (["aclg_gcmr/AntMaze-W/early"], "eval/success_any"),
     "curves_bottleneck.png": (
-        [f"aclg_gcmr/AntMaze-Bottleneck/quick/seed{seed}" for seed in (1, 2)],  # seed 3 is short
+        # seed 3 is short
+        [f"aclg_gcmr/AntMaze-Bottleneck/{run}" for run in ("quick/seed1", "quick/seed2", "quick_walker")],
         "eval/success",
     ),
     "curves_ant_worker.png": (["hiro/AntMaze-U", "aclg_gcmr/AntMaze-U"], "worker/progress"),
