@@ -16,7 +16,7 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 # what is shown of 480 x 480 pixels: these mazes without their outer walls; others are shown whole
-INSIDE = dict.fromkeys(("AntMaze-U", "PointMaze-U"), (82, 86, 398, 402))
+INSIDE = dict.fromkeys(("AntMaze-U", "AntMaze-Bottleneck", "PointMaze-U"), (82, 86, 398, 402))
 INSIDE |= {"AntMaze-ULarge": (96, 104, 384, 392)}
 
 
