@@ -14,7 +14,7 @@ import tyro
 from tyro.conf import Positional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-TIME, MEAN_TIME = 29, 0.2  # AntMaze-U's obs: its last entry, 0.001 a step, and about its mean
+TIME, TIME_VALUE = 29, 0.2  # the last entry of AntMaze-U's obs, 0 to 0.5, and the value put for it
 
 
 def discount(agent: Positional[Path], out: Positional[Path], worker_gamma: float):
@@ -39,7 +39,7 @@ def see_xy(agent: Positional[Path], out: Positional[Path]):
     """The agent with --no-mask-xy: its worker acts as before, x and y weigh nothing until it learns."""
     state = torch.load(agent, weights_only=True)
     for net in ("actor", "target_actor", "critic", "target_critic"):
-        weight = state["worker"][net]["layers.0.weight"]  # so far untouched, as these inputs were hidden
+        weight = state["worker"][net]["layers.0.weight"]  # hidden so far: as drawn, or decayed
         inputs = weight if net.endswith("critic") else weight.T  # [.., inputs, units]
         inputs[..., :2, :] = 0
     for optimizer in ("actor_optimizer", "critic_optimizer"):
@@ -63,7 +63,7 @@ def without_time(worker: Positional[Path], manager: Positional[Path], out: Posit
         nets = {name: net for name, net in nets.items() if not name.endswith("optimizer")}
         for net in nets.values():
             weight, bias = net["layers.0.weight"], net["layers.0.bias"]
-            net["layers.0.bias"] = bias + MEAN_TIME * weight.select(1, TIME)
+            net["layers.0.bias"] = bias + TIME_VALUE * weight.select(1, TIME)
             net["layers.0.weight"] = torch.cat([weight[:, :TIME], weight[:, TIME + 1 :]], 1)
         state[level] = nets
     torch.save(state, out)
