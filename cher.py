@@ -82,7 +82,7 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_I
 RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
 RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
 EVAL_MAY_CHANGE = (*RESUME_MAY_CHANGE, "checkpoint", "eval_only", "env", "reward", "seed", "reached_radius")
-# arguments that --start-from may not change: the networks have learned with them (preset: names settings)
+# what --start-from may not change, as the networks have learned with it; preset is these settings' name
 START_KEEPS = ("preset", "reward", "hidden", "subgoal_space", "subgoal_limit", "action_limit", "mask_xy")
 START_KEEPS += ("scale_worker_inputs", "rest_value", "worker_gamma", "manager_gamma", "manager_period")
 START_KEEPS += ("manager_reward_scale", "flat")
@@ -160,7 +160,7 @@ class Args:
     hindsight: bool = False  # HAC: store segments with their end as their subgoal, but for deaths ...
     subgoal_testing_rate: float = 0.3  # ... and with this probability also as they were (deaths always)
     flat: bool = False  # one TD3 in the manager's place acts; no worker. Sets manager_period 1, coop_weight 0
-    worker_checkpoint: str | None = None  # model.pt whose worker to start from; it learns after the warm-up
+    worker_checkpoint: str | None = None  # model.pt whose worker to use; it learns after --learning-starts
     freeze_worker: bool = False  # it neither learns nor explores, also in the warm-up
 
     # --- TD3, both levels ---
@@ -1309,8 +1309,8 @@ def load_worker(worker: TD3, env, args: Args):
     saved_limit, limit = state["args"].get("subgoal_limit") or space, args.subgoal_limit or space
     if args.scale_worker_inputs and tuple(saved_limit) != tuple(limit):
         fail(f"{path} scales its inputs by subgoal_limit {saved_limit}, this run by {limit}")
-    old = state["args"]["env"]  # may be of a fork, unknown here
-    if old in SPECS and SPECS[old].kind == "gather" and env.task.kind != "gather":
+    old_env = state["args"]["env"]  # may be of a fork, unknown here
+    if old_env in SPECS and SPECS[old_env].kind == "gather" and env.task.kind != "gather":
         if env.task.kind != "ant" or env.task.observe_block:
             fail(f"{path} has a worker of AntGather: obs of {args.env} has other entries")
         robot = env.robot_nq + env.robot_nv  # entries before the sensors

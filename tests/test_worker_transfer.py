@@ -72,10 +72,8 @@ def test_the_default_limit_by_name_is_the_same_limit(tmp_path, saved, flags):
     state = torch.load(path, weights_only=True)
     state["args"] |= {"subgoal_limit": list(saved), "scale_worker_inputs": True}
     torch.save(state, path)
-    env, flags = (
-        make_env("AntMaze-ULarge"),
-        ["--subgoal-space", "xy", "--scale-worker-inputs", *flags.split()],
-    )
+    flags = ["--subgoal-space", "xy", "--scale-worker-inputs", *flags.split()]
+    env = make_env("AntMaze-ULarge")
     args = hiro.parse_args(["--hidden", "32", *flags, "--worker-checkpoint", str(path)])
     hiro.load_worker(hiro.make_agents(env, args, CPU)[1], env, args)
 
