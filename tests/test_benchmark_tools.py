@@ -1,4 +1,4 @@
-"""benchmark: plot.py, speed.py, graft.py by hand-made numbers; run.py: grids that end, stop, go on, fail."""
+"""benchmark: plot, speed, graft, failures by hand-made numbers; run.py: grids that end, stop, go on, fail."""
 
 import importlib.util
 import json
@@ -495,3 +495,26 @@ def test_graft_see_xy(tmp_path):
     new.actor(obs, goal).sum().backward()
     assert (new.actor.layers[0].weight.grad[:, :2] != 0).any()
     assert not gcmr.parse_args(["--start-from", str(out)]).mask_xy
+
+
+# ----------------------------------------------------------------------------------------------- failures.py
+
+
+def test_failures_stayed_since():
+    """Within a metre of the end from the second visit on, not from the first."""
+    way = np.array([(0, 0), (5, 0), (0, 0.9), (2, 0), (0.5, 0), (0, 0)], float)
+    stayed_since = load("failures").stayed_since
+    assert stayed_since(way) == 4
+    assert stayed_since(way[:1]) == 0
+
+
+def test_failures_of_an_agent(capsys):
+    """The point robot that solves its maze, and the same with subgoals drowned in noise."""
+    failures = load("failures")
+    args = failures.Args(agent=ROOT / "benchmark" / "agents" / "cher.pt", episodes=2)
+    failures.main(args)
+    assert capsys.readouterr().out == "goal [0, 8]: 0 of 2 failed, 0 ended on their backs\n"
+    args.manager_noise, args.episodes = 1e3, 1
+    failures.main(args)
+    line, summary = capsys.readouterr().out.splitlines()
+    assert line.startswith("  0: upright at (") and summary.startswith("goal [0, 8]: 1 of 1 failed")

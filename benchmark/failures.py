@@ -1,0 +1,89 @@
+"""Where do an agent's episodes fail, and does noise free it? For an agent or a run's model.pt of any script.
+
+python benchmark/failures.py benchmark/agents/hiro_ularge_g98.pt --goals 0 16
+python benchmark/failures.py benchmark/agents/aclg_gcmr_bottleneck.pt --manager-noise 1   # m, as in training
+
+A line per failure: where the robot ended, on its back or not, since which step it had been within a metre
+of that place, and the mean of the subgoals issued since then. Not the episodes of the run's evaluations.
+"""
+
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from tyro.conf import Positional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+@dataclass
+class Args:
+    agent: Positional[Path]  # benchmark/agents/NAME.pt, or model.pt
+    episodes: int = 50  # per goal
+    goals: tuple[float, ...] = ()  # one after the other; default: the environment's evaluation goals
+    start: tuple[float, ...] = ()  # x y, an ant is put there; default: the maze's start
+    seed: int = 11
+    manager_noise: float = 0.0  # std, units of the subgoal
+    worker_noise: float = 0.0  # std, units of the action
+
+
+def run_episode(script, env, manager, worker, goal, seed: int, period: int, start=()):
+    """Returns success, the way [T, 2], whether it ended on its back, and the subgoals as issued [T, 2]."""
+    observation, _ = env.reset(seed=seed, options={"goal": goal})
+    obs, goal = script.split_observation(observation)
+    if start:
+        env.data.qpos[:2] = obs[:2] = start
+    dims, way, issued, episode_over = len(manager.limit), [], [], False
+    while not episode_over:
+        if len(way) % period == 0:
+            subgoal = first_subgoal = manager.act(obs, goal, explore=True)
+        observation, _, terminated, truncated, info = env.step(worker.act(obs, subgoal, explore=True))
+        next_obs, _ = script.split_observation(observation)
+        subgoal = script.subgoal_transition(obs[:dims], subgoal, next_obs[:dims])
+        obs, episode_over = next_obs, terminated or truncated
+        way.append(obs[:2])
+        issued.append(first_subgoal[:2])
+    return bool(info["is_success"]), np.array(way), bool(info["upside_down"]), np.array(issued)
+
+
+def stayed_since(way) -> int:
+    """The first step after which all places of way [T, 2] are within a metre of the last one."""
+    away = np.linalg.norm(way - way[-1], axis=1) > 1
+    return int(away.nonzero()[0][-1]) + 1 if away.any() else 0
+
+
+def main(args: Args):
+    state = torch.load(args.agent, map_location="cpu", weights_only=True)
+    script = importlib.import_module(state["script"])
+    settings = script.parse_args(["--eval-only", "--checkpoint", str(args.agent), "--device", "cpu"])
+    env = script.make_env(settings.env, settings.reward, evaluate=True)
+    manager, worker = script.make_agents(env, settings, torch.device("cpu"))
+    script.load_parts({"manager": manager, "worker": worker}, state, str(args.agent))
+    manager.noise, worker.noise = args.manager_noise, args.worker_noise
+    torch.manual_seed(args.seed)
+    goals = np.reshape(args.goals or env.task.eval_goals, (-1, env.task.goal_dim))
+    for goal in goals:
+        failures, on_back = 0, 0
+        for episode in range(args.episodes):
+            seed, period = 1000 * args.seed + episode, settings.manager_period
+            success, way, upside_down, issued = run_episode(
+                script, env, manager, worker, goal, seed, period, args.start
+            )
+            if success:
+                continue
+            failures, on_back = failures + 1, on_back + upside_down
+            since, (x, y) = stayed_since(way), way[-1]
+            dx, dy = issued[since:].mean(0)
+            pose = "on its back" if upside_down else "upright"
+            print(
+                f"  {episode}: {pose} at ({x:.1f}, {y:.1f}) since step {since}, subgoals ({dx:.2f}, {dy:.2f})"
+            )
+        print(f"goal {goal.tolist()}: {failures} of {args.episodes} failed, {on_back} ended on their backs")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
