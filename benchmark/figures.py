@@ -36,7 +36,7 @@ CURVES = {
     "curves_ularge_on.png": (
         [
             f"hiro/AntMaze-ULarge/{run}"
-            for run in ("quick/seed2", "quick_on", "quick_on_slow", "quick_on_g98")
+            for run in ("quick/seed2", "quick_on", "quick_on_slow", "quick_on_g98", "quick_then_g98")
         ],
         "eval/success_goal2",
     ),
@@ -68,7 +68,16 @@ CURVES = {
     "curves_w.png": (["aclg_gcmr/AntMaze-W/early"], "eval/success_any"),
     "curves_bottleneck.png": (
         # seed 3 is short
-        [f"aclg_gcmr/AntMaze-Bottleneck/{run}" for run in ("quick/seed1", "quick/seed2", "quick_walker")],
+        [
+            f"aclg_gcmr/AntMaze-Bottleneck/{run}"
+            for run in (
+                "quick/seed1",
+                "quick/seed2",
+                "quick_walker",
+                "quick_walker_again",
+                "quick_walker_g98",
+            )
+        ],
         "eval/success",
     ),
     "curves_ant_worker.png": (["hiro/AntMaze-U", "aclg_gcmr/AntMaze-U"], "worker/progress"),
