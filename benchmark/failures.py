@@ -57,32 +57,34 @@ def stayed_since(way) -> int:
 
 
 def main(args: Args):
+    if not args.agent.is_file():
+        raise SystemExit(f"failures.py: error: no agent at {args.agent}")
     state = torch.load(args.agent, map_location="cpu", weights_only=True)
     script = importlib.import_module(state["script"])
-    settings = script.parse_args(["--eval-only", "--checkpoint", str(args.agent), "--device", "cpu"])
+    flags = ["--eval-only", "--checkpoint", str(args.agent), "--device", "cpu"]
+    flags += ["--eval-goals", *map(str, args.goals)] if args.goals else []
+    settings = script.parse_args(flags)
     env = script.make_env(settings.env, settings.reward, evaluate=True)
     manager, worker = script.make_agents(env, settings, torch.device("cpu"))
     script.load_parts({"manager": manager, "worker": worker}, state, str(args.agent))
     manager.noise, worker.noise = args.manager_noise, args.worker_noise
     torch.manual_seed(args.seed)
-    goals = np.reshape(args.goals or env.task.eval_goals, (-1, env.task.goal_dim))
-    for goal in goals:
+    goals = np.reshape(args.goals, (-1, env.task.goal_dim)) if args.goals else env.task.eval_goals
+    for goal in np.asarray(goals, float):
         failures, on_back = 0, 0
         for episode in range(args.episodes):
             seed, period = 1000 * args.seed + episode, settings.manager_period
-            success, way, upside_down, issued = run_episode(
-                script, env, manager, worker, goal, seed, period, args.start
-            )
+            result = run_episode(script, env, manager, worker, goal, seed, period, args.start)
+            success, way, upside_down, issued = result
             if success:
                 continue
             failures, on_back = failures + 1, on_back + upside_down
             since, (x, y) = stayed_since(way), way[-1]
             dx, dy = issued[since:].mean(0)
-            pose = "on its back" if upside_down else "upright"
-            print(
-                f"  {episode}: {pose} at ({x:.1f}, {y:.1f}) since step {since}, subgoals ({dx:.2f}, {dy:.2f})"
-            )
-        print(f"goal {goal.tolist()}: {failures} of {args.episodes} failed, {on_back} ended on their backs")
+            where = f"{'on its back' if upside_down else 'upright'} at ({x:.1f}, {y:.1f}) since step {since}"
+            print(f"  {episode}: {where}, subgoals ({dx:.2f}, {dy:.2f})")
+        goal = ", ".join(f"{x:g}" for x in goal)
+        print(f"goal ({goal}): {failures} of {args.episodes} failed, {on_back} ended on their backs")
 
 
 if __name__ == "__main__":

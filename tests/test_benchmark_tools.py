@@ -513,8 +513,8 @@ def test_failures_of_an_agent(capsys):
     failures = load("failures")
     args = failures.Args(agent=ROOT / "benchmark" / "agents" / "cher.pt", episodes=2)
     failures.main(args)
-    assert capsys.readouterr().out == "goal [0, 8]: 0 of 2 failed, 0 ended on their backs\n"
+    assert capsys.readouterr().out == "goal (0, 8): 0 of 2 failed, 0 ended on their backs\n"
     args.manager_noise, args.episodes = 1e3, 1
     failures.main(args)
     line, summary = capsys.readouterr().out.splitlines()
-    assert line.startswith("  0: upright at (") and summary.startswith("goal [0, 8]: 1 of 1 failed")
+    assert line.startswith("  0: upright at (") and summary.startswith("goal (0, 8): 1 of 1 failed")
