@@ -5,6 +5,7 @@ python benchmark/failures.py benchmark/agents/aclg_gcmr_bottleneck.pt --manager-
 
 A line per failure: where the robot ended, on its back or not, since which step it had been within a metre
 of that place, and the mean of the subgoals issued since then. Not the episodes of the run's evaluations.
+Success is that of the last step: AntMaze-W's agent passes its goal and fails here.
 """
 
 import importlib
@@ -18,6 +19,7 @@ import tyro
 from tyro.conf import Positional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common_envs  # noqa: E402
 
 
 @dataclass
@@ -25,13 +27,13 @@ class Args:
     agent: Positional[Path]  # benchmark/agents/NAME.pt, or model.pt
     episodes: int = 50  # per goal
     goals: tuple[float, ...] = ()  # one after the other; default: the environment's evaluation goals
-    start: tuple[float, ...] = ()  # x y, an ant is put there; default: the maze's start
+    start: tuple[float, float] | None = None  # x y, the robot is put there; default: the maze's start
     seed: int = 11
     manager_noise: float = 0.0  # std, units of the subgoal
     worker_noise: float = 0.0  # std, units of the action
 
 
-def run_episode(script, env, manager, worker, goal, seed: int, period: int, start=()):
+def run_episode(script, env, manager, worker, goal, seed: int, period: int, start=None):
     """Returns success, the way [T, 2], whether it ended on its back, and the subgoals as issued [T, 2]."""
     observation, _ = env.reset(seed=seed, options={"goal": goal})
     obs, goal = script.split_observation(observation)
@@ -59,13 +61,20 @@ def stayed_since(way) -> int:
 def main(args: Args):
     if not args.agent.is_file():
         raise SystemExit(f"failures.py: error: no agent at {args.agent}")
-    state = torch.load(args.agent, map_location="cpu", weights_only=True)
-    script = importlib.import_module(state["script"])
+    torch.set_num_threads(1)
+    try:
+        script = torch.load(args.agent, map_location="cpu", weights_only=True)["script"]
+    except Exception as error:  # a foreign file; what else may be wrong with it the script tells
+        raise SystemExit(f"failures.py: error: {args.agent} is no agent ({type(error).__name__})") from None
+    script = importlib.import_module(script)
     flags = ["--eval-only", "--checkpoint", str(args.agent), "--device", "cpu"]
     flags += ["--eval-goals", *map(str, args.goals)] if args.goals else []
     settings = script.parse_args(flags)
+    if getattr(settings, "flat", False) or common_envs.SPECS[settings.env].kind == "gather":
+        raise SystemExit("failures.py: error: --flat has no subgoals, AntGather no goal to fail at")
     env = script.make_env(settings.env, settings.reward, evaluate=True)
     manager, worker = script.make_agents(env, settings, torch.device("cpu"))
+    state = script.load_checkpoint(str(args.agent))
     script.load_parts({"manager": manager, "worker": worker}, state, str(args.agent))
     manager.noise, worker.noise = args.manager_noise, args.worker_noise
     torch.manual_seed(args.seed)

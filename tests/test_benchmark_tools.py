@@ -508,6 +508,16 @@ def test_failures_stayed_since():
     assert stayed_since(way[:1]) == 0
 
 
+@pytest.mark.parametrize(
+    "agent, message",
+    [("nope.pt", "no agent at"), ("cher_gather.pt", "AntGather no goal"), ("../figures.py", "is no agent")],
+)
+def test_failures_refuses(agent, message):
+    failures = load("failures")
+    with pytest.raises(SystemExit, match=message):
+        failures.main(failures.Args(agent=ROOT / "benchmark" / "agents" / agent))
+
+
 def test_failures_of_an_agent(capsys):
     """The point robot that solves its maze, and the same with subgoals drowned in noise."""
     failures = load("failures")
