@@ -12,15 +12,15 @@ about. The worker sees the subgoal, never the goal:
     every step:
         action = worker.actor(obs, subgoal) + noise
         update_worker: TD3 on (obs, subgoal, action, worker's reward, next_obs, next_subgoal) of the replay
-        every manager_period steps, update_manager: TD3 on
-            (obs, goal, relabeled subgoal, 0.1 * summed reward, obs one period later)
-            relabel_subgoals: the worker has changed since a segment was recorded, so its subgoal gives way
-            to the candidate that best explains the recorded actions to the present worker (the off-policy
+        every manager_period steps, update_manager: TD3 on (obs, goal, relabeled subgoal,
+            manager_reward_scale * summed reward, obs one period later)
+            in it relabel_subgoals: the worker has changed since a segment was recorded, so its subgoal gives
+            way to the candidate that best explains the recorded actions to the present worker (off-policy
             correction)
         next_obs, reward = env.step(action)
         worker's reward = -|achieved + subgoal - next_achieved|           intrinsic_reward
-        next_subgoal = achieved + subgoal - next_achieved                 subgoal_transition: the same target;
-                       at the end of a period the manager's new subgoal (--worker-looks-ahead)
+        next_subgoal = achieved + subgoal - next_achieved                 subgoal_transition: the same target
+        at the end of a period next_subgoal is the manager's new one      --worker-looks-ahead
 
 The method is in the sections subgoals, relabeling and updates, and in main's loop; the rest is plumbing.
 

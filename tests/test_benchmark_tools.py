@@ -528,3 +528,20 @@ def test_failures_of_an_agent(capsys):
     failures.main(args)
     line, summary = capsys.readouterr().out.splitlines()
     assert line.startswith("  0: upright at (") and summary.startswith("goal (0, 8): 1 of 1 failed")
+
+
+def test_failures_start(monkeypatch):
+    """The robot is put there: its first place is within a step of it."""
+    failures, ways = load("failures"), []
+    run_episode = failures.run_episode
+
+    def record(*args):
+        ways.append(run_episode(*args))
+        return ways[-1]
+
+    monkeypatch.setattr(failures, "run_episode", record)
+    agent = ROOT / "benchmark" / "agents" / "cher.pt"
+    for start in (None, (8.0, 4.0)):
+        failures.main(failures.Args(agent=agent, episodes=1, start=start))
+    assert np.linalg.norm(ways[0][1][0]) < 1.5
+    assert np.linalg.norm(ways[1][1][0] - (8, 4)) < 1.5
