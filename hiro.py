@@ -1266,10 +1266,12 @@ def make_run_dir(args: Args) -> Path:
     try:
         # without --run-dir two runs of one second have one name: the later one is refused
         run_dir.mkdir(parents=True, exist_ok=bool(args.run_dir or args.resume))
-        config, path = describe_run(args), run_dir / "config.json"
+        config, path, earlier = describe_run(args), run_dir / "config.json", {}
         if args.resume and path.exists():
             earlier = json.loads(path.read_text())
             config["earlier_commands"] = [*earlier.get("earlier_commands", []), earlier["command"]]
+        if args.track:  # a resumed run goes on in the same run of Weights & Biases
+            config["wandb_id"] = earlier.get("wandb_id") or os.urandom(8).hex()
         path.with_suffix(".tmp").write_text(json.dumps(config, indent=2) + "\n")
         os.replace(path.with_suffix(".tmp"), path)  # a crash here must not leave half a file for --resume
     except (ValueError, KeyError) as error:
@@ -1279,7 +1281,8 @@ def make_run_dir(args: Args) -> Path:
     if args.track:
         import wandb
 
-        wandb.init(project="hrl", name=run_dir.name, config=dataclasses.asdict(args), sync_tensorboard=True)
+        same = dict(id=config["wandb_id"], resume="allow", config=config["args"])
+        wandb.init(project="hrl", name=run_dir.name, sync_tensorboard=True, **same)
     print(f"results: {run_dir}", flush=True)
     return run_dir
 

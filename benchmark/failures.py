@@ -8,7 +8,7 @@ of that place, and the mean of the subgoals issued since then. Not the episodes 
 Success is that of the last step: AntMaze-W's agent passes its goal and fails here.
 """
 
-import importlib
+import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 import common_envs  # noqa: E402
 
 
@@ -63,10 +64,12 @@ def main(args: Args):
         raise SystemExit(f"failures.py: error: no agent at {args.agent}")
     torch.set_num_threads(1)
     try:
-        script = torch.load(args.agent, map_location="cpu", weights_only=True)["script"]
+        name = torch.load(args.agent, map_location="cpu", weights_only=True)["script"]
     except Exception as error:  # a foreign file; what else may be wrong with it the script tells
         raise SystemExit(f"failures.py: error: {args.agent} is no agent ({type(error).__name__})") from None
-    script = importlib.import_module(script)
+    if importlib.util.find_spec(name) is None:
+        raise SystemExit(f"failures.py: error: {args.agent} is of {name}.py, which is not in {ROOT}")
+    script = importlib.import_module(name)
     flags = ["--eval-only", "--checkpoint", str(args.agent), "--device", "cpu"]
     flags += ["--eval-goals", *map(str, args.goals)] if args.goals else []
     settings = script.parse_args(flags)

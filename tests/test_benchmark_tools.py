@@ -518,6 +518,13 @@ def test_failures_refuses(agent, message):
         failures.main(failures.Args(agent=ROOT / "benchmark" / "agents" / agent))
 
 
+def test_failures_refuses_the_agent_of_a_script_elsewhere(tmp_path):
+    failures = load("failures")
+    torch.save({"script": "mine"}, tmp_path / "model.pt")
+    with pytest.raises(SystemExit, match=r"is of mine\.py, which is not in"):
+        failures.main(failures.Args(agent=tmp_path / "model.pt"))
+
+
 def test_failures_of_an_agent(capsys):
     """The point robot that solves its maze, and the same with subgoals drowned in noise."""
     failures = load("failures")

@@ -329,6 +329,22 @@ def test_a_run_resumed_elsewhere_takes_no_other_runs_folder(module, tmp_path):
     assert module.make_run_dir(same) == new  # by its own checkpoint a run goes on
 
 
+def test_a_resumed_run_goes_on_in_its_run_of_weights_and_biases(module, monkeypatch, tmp_path):
+    """wandb.init would begin a second one; two runs in two folders are two there."""
+    begun = []
+    fake = SimpleNamespace(init=lambda **settings: begun.append(settings))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for name in ("a", "b"):
+        args = dataclasses.replace(module.Args(), run_dir=str(tmp_path / name), track=True)
+        module.make_run_dir(args)
+        for _ in range(2):
+            module.make_run_dir(dataclasses.replace(args, resume=str(tmp_path / name / "checkpoint.pt")))
+    ids = [settings["id"] for settings in begun]
+    assert ids == [ids[0]] * 3 + [ids[3]] * 3 and ids[0] != ids[3]
+    assert {settings["resume"] for settings in begun} == {"allow"}
+    assert begun[5]["config"]["resume"] == str(tmp_path / "b" / "checkpoint.pt")
+
+
 def test_ctrl_c_without_a_reader_of_stderr_saves(module, toy_run, monkeypatch, tmp_path):
     """python .. 2>&1 | tee log: Ctrl-C ends tee, too, and the notice meets a broken pipe."""
 
