@@ -24,7 +24,7 @@ This is hiro.py with subgoals in x and y and, in the order in which they were pr
         novelty landmarks from random network distillation; now and then the adjacency network and the model
 
 The landmarks' planner is a training signal for the manager's actor only: nothing plans while acting.
-A weight of 0 switches a term off; README has the command lines of HIRO, HRAC, HIGL and ACLG.
+A weight of 0 switches a term off; docs/aclg_gcmr.md has the flags of HIRO, HRAC, HIGL and ACLG.
 The method is in the sections from the dynamics model to the updates, and in main's loop; the rest is as in
 hiro.py, but for defaults and for when target networks move (update_worker, update_manager).
 

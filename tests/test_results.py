@@ -4,9 +4,11 @@ import csv
 import dataclasses
 import importlib
 import json
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS
@@ -201,3 +203,53 @@ def test_quick_presets_are_the_settings_of_their_runs(run):
     preset = vars(module.parse_args(["--env", config["args"]["env"], "--preset", "quick"]))
     preset = json.loads(json.dumps(preset))  # tuples as lists, as in the file
     assert {name for name, value in config["args"].items() if preset[name] != value} <= NOT_LEARNING
+
+
+# How a row of README's table begins -> the runs that it tells of, below benchmark/results.
+README_ROWS = {
+    "`PointMaze-U`, hiro.py": "hiro/PointMaze-U/default/seed1 seed2 seed3",
+    "`PointMaze-U`, cher.py, fixed lambda": "cher/PointMaze-U/fixed/seed1 seed2 seed3",
+    "`PointMaze-U`, aclg_gcmr.py": "aclg_gcmr/PointMaze-U/default/seed1 seed2 seed3",
+    "`AntMaze-U`, hiro.py, `--preset quick`": "hiro/AntMaze-U/quick/seed1 seed2 seed3",
+    "`AntMaze-U`, hiro.py, default settings": "hiro/AntMaze-U/default/seed1",
+    "`AntMaze-U`, aclg_gcmr.py, `--preset quick` †": "aclg_gcmr/AntMaze-U/early/seed1",
+    "`AntMaze-U`, aclg_gcmr.py, `--preset quick --reward dense`": "aclg_gcmr/AntMaze-U/early_dense/seed2"
+    " aclg_gcmr/AntMaze-U/early_dense_aclg/seed2",
+    "`AntMaze-U`, aclg_gcmr.py, default settings": "aclg_gcmr/AntMaze-U/default/seed1",
+    "`AntMaze-W`, aclg_gcmr.py": "aclg_gcmr/AntMaze-W/early/seed1",
+    "`AntMaze-Bottleneck`, aclg_gcmr.py, `--pre": "aclg_gcmr/AntMaze-Bottleneck/quick/seed1 seed2 seed3",
+    "`AntMaze-Bottleneck`, aclg_gcmr.py, begun": "aclg_gcmr/AntMaze-Bottleneck/quick_walker/seed2"
+    " aclg_gcmr/AntMaze-Bottleneck/quick_walker_again/seed2",
+    "`AntMaze-ULarge`, hiro.py, `--preset quick`": "hiro/AntMaze-ULarge/far_g95/seed1"
+    " hiro/AntMaze-ULarge/quick/seed2",
+    "`AntMaze-ULarge`, hiro.py, the worker": "hiro/AntMaze-ULarge/trained_worker/seed1 seed2 seed3",
+    "`AntMaze-ULarge`, cher.py, `--preset quick`": "cher/AntMaze-ULarge/quick/seed1 seed2"
+    " cher/AntMaze-ULarge/quick_hrl/seed1",
+    "`AntMaze-ULarge`, cher.py, the paper's settings": "cher/AntMaze-ULarge/fixed/seed1 seed2"
+    " cher/AntMaze-ULarge/hrl/seed1 seed2",
+}
+
+
+@pytest.mark.parametrize("row", README_ROWS)
+def test_rows_of_readme_are_those_of_the_files(row):
+    """Steps, and success as the mean of the last five evaluations, of each seed or of the seeds."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    (cells,) = (line.strip("| ").split(" | ") for line in lines if line.startswith(f"| {row}"))
+    runs, folder = [], None
+    for word in README_ROWS[row].split():
+        *parents, seed = word.split("/")
+        folder = "/".join(parents) or folder
+        with open(ROOT / "benchmark" / "results" / folder / seed / "progress.csv", newline="") as file:
+            runs.append(list(csv.DictReader(file)))
+    units = {"k": 1000, "M": 1_000_000}
+    told = {round(float(number) * units[unit]) for number, unit in re.findall(r"([\d.]+)([kM])\b", cells[1])}
+    ends = [int(run[-1]["step"]) for run in runs]
+    assert {min(ends), max(ends)} <= told
+    columns = {"eval/success", "eval/success_any"} if "AntMaze-W`" in row else {"eval/success"}
+    if "ULarge" in row and "the paper's" not in row:  # whose (0, 16) is told of seed 2 alone
+        columns.add("eval/success_goal2")
+    numbers = [float(x) for x in re.findall(r"(?<![\d.(])[01](?:\.\d+)?(?![\d.k])", cells[3])]
+    for column in columns:
+        values = [np.mean([float(line[column]) for line in run[-5:]]) for run in runs]
+        each = all(any(abs(value - number) < 0.0051 for number in numbers) for value in values)
+        assert each or any(abs(np.mean(values) - number) < 0.0051 for number in numbers), column
