@@ -438,7 +438,7 @@ def check_args(args: Args):
             fail(f"--{name.replace('_', '-')} must be at least 1")
     not_negative = """
     seed threads save_every actor_lr critic_lr critic_weight_decay adjacency_lr novelty_lr dynamics_lr
-    planner_rows coverage_landmarks novelty_landmarks novelty_radius path_heat
+    planner_rows coverage_landmarks novelty_landmarks novelty_radius path_heat landmark_shift
     adjacency_weight landmark_weight landmark_weight_before_planner
     relabel_shift gradient_penalty_weight rollout_planning_weight reached_radius candidate_noise
     worker_noise worker_target_noise worker_target_noise_clip rollout_planning_noise
@@ -491,6 +491,8 @@ def check_args(args: Args):
         )
     if int(args.adjacency_factor * args.manager_period) < 2 and uses_adjacency(args):
         fail("--adjacency-factor x --manager-period must be at least 2, or no two steps are adjacent")
+    if args.adjacency_near > args.adjacency_far:
+        fail("--adjacency-near must not be above --adjacency-far: adjacent cells are the nearer ones")
     if args.landmark_weight > 0 and args.coverage_landmarks < 1:
         fail("--coverage-landmarks must be at least 1 while --landmark-weight is not 0")
     for name in ("dynamics_rows", "dynamics_starts"):
@@ -1254,7 +1256,10 @@ def planner_precision(args: Args, obs):
 
 
 class LandmarkGraph(nn.Module):
-    """The landmarks and the edges between them: a third of a plan's work, so they can be kept for several."""
+    """The landmarks and the edges between them: a third of a plan's work, so they can be kept for several.
+
+    Empty until the planner starts, and throughout with landmark_weight 0: `present` says which places count.
+    """
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
@@ -1316,6 +1321,7 @@ def plan_landmarks(worker: TD3, graph: LandmarkGraph, obs, goal, args: Args):
 def adjacency_loss(adjacency: Adjacency, achieved, subgoal, args: Args):
     """Hinge on the embedding distance from here to the subgoal (HRAC), for the manager's actor.
 
+    achieved, subgoal [B, D] -> []; the subgoal is how far to go, not where.
     It acts from the first update on, until adjacency_every with an untrained embedding, as released.
     """
     margin = 0.5 * (args.adjacency_near + args.adjacency_far)
@@ -1324,7 +1330,10 @@ def adjacency_loss(adjacency: Adjacency, achieved, subgoal, args: Args):
 
 
 def landmark_loss(adjacency: Adjacency, achieved, subgoal, pseudo_landmark, args: Args):
-    """Distance of the subgoal's target from the pseudo-landmark, plain (ACLG) or embedded (HIGL)."""
+    """Of the way from the subgoal's target to the pseudo-landmark, a place. All [B, D] -> []
+
+    The mean square over rows and entries (ACLG), or a hinge on the embedded distance (HIGL).
+    """
     target = achieved + subgoal
     if args.landmark_space == "goal":
         return (pseudo_landmark - target).square().mean()
@@ -1641,8 +1650,8 @@ def writing(path: Path):
 class Recorder:
     """Watches evaluation: every path for a picture from above, and films on demand. Files start with `name`.
 
-    landmarks [n, 2 or more]: positions to mark, those of aclg_gcmr.py's planner. has_subgoals: False where a
-    flat TD3 of cher.py acts.
+    landmarks [n, 2 or more]: positions to mark, the novel ones of aclg_gcmr.py's planner. has_subgoals: False
+    where a flat TD3 of cher.py acts.
     """
 
     def __init__(self, env, folder: Path, name: str, landmarks=()):
@@ -1765,15 +1774,20 @@ def append_row(path: Path, row: dict):
         fail(f"cannot write {path}: {error}; the rows before this one are untouched")
 
 
-def to_tensors(tree):
+def to_tensors(tree, name: str = "state"):
     """Nested dicts and lists with arrays as tensors, which torch.load(weights_only=True) accepts."""
     if isinstance(tree, dict):
-        return {name: to_tensors(value) for name, value in tree.items()}
+        return {key: to_tensors(value, f"{name}.{key}") for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return [to_tensors(value) for value in tree]
+        items = [to_tensors(value, name) for value in tree]
+        return tuple(items) if isinstance(tree, tuple) else items
     if isinstance(tree, np.generic):  # a numpy scalar, which it does not accept either
         return tree.item()
-    return torch.from_numpy(tree.copy()) if isinstance(tree, np.ndarray) else tree
+    if isinstance(tree, np.ndarray):
+        return torch.from_numpy(tree.copy())
+    if tree is None or isinstance(tree, (bool, int, float, str, torch.Tensor)):
+        return tree
+    fail(f"{name}: a checkpoint holds numbers, lists, dicts, arrays and tensors, no {type(tree).__name__}")
 
 
 def say(progress: tqdm, line: str):
@@ -1809,7 +1823,7 @@ def check_finite(losses: dict, step: int, run_dir: Path) -> dict:
 
 def save_checkpoint(parts: dict, args: Args, path: Path, **more):
     """Write beside the old file and rename, so that a crash or a full disk leaves the old one whole."""
-    state = {name: part.state_dict() for name, part in parts.items()}
+    state = {name: to_tensors(part.state_dict(), name) for name, part in parts.items()}
     state |= {"script": SCRIPT, "format": FORMAT, "args": dataclasses.asdict(args)} | more
     temporary = path.with_suffix(".tmp")
     try:
@@ -1840,13 +1854,16 @@ def load_checkpoint(path: str) -> dict:
         fail(f"{path} has format {state['format']}, this version reads up to {FORMAT}: update {SCRIPT}.py")
     unknown = set(state["args"]) - {field.name for field in dataclasses.fields(Args)}
     if unknown:
-        fail(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
+        names = ", ".join(sorted(unknown))
+        fail(f"{path} has settings that this version does not know: {names}; use that one (see config.json)")
     return state
 
 
 def load_parts(parts: dict, state: dict, path: str):
     """Fill the named parts from a checkpoint; other shapes mean another environment or other settings."""
     for name, part in parts.items():
+        if name not in state:
+            fail(f"{path} has no {name}: use the version of {SCRIPT}.py that wrote it (see config.json)")
         try:
             part.load_state_dict(state[name])
         except (KeyError, RuntimeError, ValueError) as error:
@@ -1894,7 +1911,7 @@ def cuda_graph(function, args: Args, device):
     calls, recorded, stream = Counter(), {}, torch.cuda.Stream()
 
     def replay(*inputs, **flags):
-        if any(type(value) in (int, float) for value in (*inputs, *flags.values())):
+        if any(type(x) in (int, float) or isinstance(x, np.generic) for x in (*inputs, *flags.values())):
             raise TypeError("a recording keeps a number as it is now: pass a tensor, changed in place")
         key = tuple(value for value in (*inputs, *flags.values()) if isinstance(value, bool))
         calls[key] += 1
@@ -1926,7 +1943,8 @@ def load_run(path: str, parts: dict, env, device, fresh) -> tuple[int, SimpleNam
     differ = (state["loop"].keys() - {"step", "env", "generators"}) ^ vars(fresh).keys()
     if differ:
         names = ", ".join(sorted(differ))
-        fail(f"{path} is of another version of {SCRIPT}.py ({names}): use that one (see config.json)")
+        why = "use that one (see config.json), or set what you added before `if args.resume`"
+        fail(f"{path} is of another version of {SCRIPT}.py ({names}): {why}")
     load_parts(parts, state, path)
     loop = {name: value.numpy() if torch.is_tensor(value) else value for name, value in state["loop"].items()}
     generators = loop.pop("generators")
@@ -2025,7 +2043,7 @@ def main(args: Args):
     adjacency = Adjacency(len(manager.limit), args).to(device)
     novelty = Novelty(obs_dim, len(manager.limit), args).to(device)
     # agents: what model.pt holds; parts: what checkpoint.pt holds; loop: what else --resume brings back
-    agents = {"manager": manager, "worker": worker, "novelty": novelty}  # novelty: for the pictures
+    agents = {"manager": manager, "worker": worker, "novelty": novelty}  # novelty: for pictures, --start-from
     eval_seed = 1_000_003 * (args.seed + 1)  # far from the seeds of training
     if args.capture_video:
         try_to_render(eval_env)
@@ -2069,10 +2087,11 @@ def main(args: Args):
     loop.returns, loop.episode_return = [], 0.0
     loop.episode_steps = 0
     loop.obs, loop.goal = split_observation(env.reset(seed=args.seed)[0])
-    env.get_state()  # an environment of yours that has none fails here, not when it is to be saved
     uniform_share = 1.0 if args.uniform_warmup else args.random_subgoals
     loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, uniform_share)
     segment.start(loop.obs)
+    # what a fork cannot save fails here, not when it is to be saved
+    to_tensors({name: part.state_dict() for name, part in parts.items()} | freeze_run(0, loop, env, device))
     if args.resume:
         first_step, loop = load_run(args.resume, parts, env, device, loop)
         for group in novelty_optimizer.param_groups:

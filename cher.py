@@ -1049,8 +1049,8 @@ def writing(path: Path):
 class Recorder:
     """Watches evaluation: every path for a picture from above, and films on demand. Files start with `name`.
 
-    landmarks [n, 2 or more]: positions to mark, those of aclg_gcmr.py's planner. has_subgoals: False where a
-    flat TD3 of cher.py acts.
+    landmarks [n, 2 or more]: positions to mark, the novel ones of aclg_gcmr.py's planner. has_subgoals: False
+    where a flat TD3 of cher.py acts.
     """
 
     def __init__(self, env, folder: Path, name: str, landmarks=()):
@@ -1173,15 +1173,20 @@ def append_row(path: Path, row: dict):
         fail(f"cannot write {path}: {error}; the rows before this one are untouched")
 
 
-def to_tensors(tree):
+def to_tensors(tree, name: str = "state"):
     """Nested dicts and lists with arrays as tensors, which torch.load(weights_only=True) accepts."""
     if isinstance(tree, dict):
-        return {name: to_tensors(value) for name, value in tree.items()}
+        return {key: to_tensors(value, f"{name}.{key}") for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return [to_tensors(value) for value in tree]
+        items = [to_tensors(value, name) for value in tree]
+        return tuple(items) if isinstance(tree, tuple) else items
     if isinstance(tree, np.generic):  # a numpy scalar, which it does not accept either
         return tree.item()
-    return torch.from_numpy(tree.copy()) if isinstance(tree, np.ndarray) else tree
+    if isinstance(tree, np.ndarray):
+        return torch.from_numpy(tree.copy())
+    if tree is None or isinstance(tree, (bool, int, float, str, torch.Tensor)):
+        return tree
+    fail(f"{name}: a checkpoint holds numbers, lists, dicts, arrays and tensors, no {type(tree).__name__}")
 
 
 def say(progress: tqdm, line: str):
@@ -1242,7 +1247,7 @@ def check_weight(losses: dict, step: int, args: Args):
 
 def save_checkpoint(parts: dict, args: Args, path: Path, **more):
     """Write beside the old file and rename, so that a crash or a full disk leaves the old one whole."""
-    state = {name: part.state_dict() for name, part in parts.items()}
+    state = {name: to_tensors(part.state_dict(), name) for name, part in parts.items()}
     state |= {"script": SCRIPT, "format": FORMAT, "args": dataclasses.asdict(args)} | more
     temporary = path.with_suffix(".tmp")
     try:
@@ -1273,13 +1278,16 @@ def load_checkpoint(path: str) -> dict:
         fail(f"{path} has format {state['format']}, this version reads up to {FORMAT}: update {SCRIPT}.py")
     unknown = set(state["args"]) - {field.name for field in dataclasses.fields(Args)}
     if unknown:
-        fail(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
+        names = ", ".join(sorted(unknown))
+        fail(f"{path} has settings that this version does not know: {names}; use that one (see config.json)")
     return state
 
 
 def load_parts(parts: dict, state: dict, path: str):
     """Fill the named parts from a checkpoint; other shapes mean another environment or other settings."""
     for name, part in parts.items():
+        if name not in state:
+            fail(f"{path} has no {name}: use the version of {SCRIPT}.py that wrote it (see config.json)")
         try:
             part.load_state_dict(state[name])
         except (KeyError, RuntimeError, ValueError) as error:
@@ -1361,7 +1369,7 @@ def cuda_graph(function, args: Args, device):
     calls, recorded, stream = Counter(), {}, torch.cuda.Stream()
 
     def replay(*inputs, **flags):
-        if any(type(value) in (int, float) for value in (*inputs, *flags.values())):
+        if any(type(x) in (int, float) or isinstance(x, np.generic) for x in (*inputs, *flags.values())):
             raise TypeError("a recording keeps a number as it is now: pass a tensor, changed in place")
         key = tuple(value for value in (*inputs, *flags.values()) if isinstance(value, bool))
         calls[key] += 1
@@ -1393,7 +1401,8 @@ def load_run(path: str, parts: dict, env, device, fresh) -> tuple[int, SimpleNam
     differ = (state["loop"].keys() - {"step", "env", "generators"}) ^ vars(fresh).keys()
     if differ:
         names = ", ".join(sorted(differ))
-        fail(f"{path} is of another version of {SCRIPT}.py ({names}): use that one (see config.json)")
+        why = "use that one (see config.json), or set what you added before `if args.resume`"
+        fail(f"{path} is of another version of {SCRIPT}.py ({names}): {why}")
     load_parts(parts, state, path)
     loop = {name: value.numpy() if torch.is_tensor(value) else value for name, value in state["loop"].items()}
     generators = loop.pop("generators")
@@ -1524,10 +1533,11 @@ def main(args: Args):
     loop.returns, loop.episode_return = [], 0.0
     loop.worker_returns, loop.coop_values = [], []
     loop.obs, loop.goal = split_observation(env.reset(seed=args.seed)[0])
-    env.get_state()  # an environment of yours that has none fails here, not when it is to be saved
     uniform_share = 1.0 if args.uniform_warmup else args.random_subgoals
     loop.subgoal = loop.first_subgoal = explore(manager, loop.obs, loop.goal, uniform_share)
     segment.start(loop.obs, loop.subgoal)
+    # what a fork cannot save fails here, not when it is to be saved
+    to_tensors({name: part.state_dict() for name, part in parts.items()} | freeze_run(0, loop, env, device))
     if args.resume:
         first_step, loop = load_run(args.resume, parts, env, device, loop)
         if first_step > args.total_steps:

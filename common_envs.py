@@ -102,12 +102,28 @@ class Maze:
     def centre(self, row, col):
         return (col - self.origin[1]) * self.size, (row - self.origin[0]) * self.size
 
+    def corners(self):
+        """Least x, y and largest x, y of the map."""
+        half = np.array(self.size / 2)
+        return self.centre(0, 0) - half, self.centre(len(self.rows) - 1, len(self.rows[0]) - 1) + half
+
     def in_wall(self, x, y):
         """Is the point in a wall cell, boundaries included? Blocks, chasms and platforms do not count."""
         u = y / self.size + self.origin[0] + 0.5
         v = x / self.size + self.origin[1] + 0.5
         rows, cols = {math.floor(u), math.ceil(u) - 1}, {math.floor(v), math.ceil(v) - 1}  # two on a boundary
         return any((row, col) in self.walls for row in rows for col in cols)
+
+    def reachable(self, x, y):
+        """Does a way lead there from a start? Over all cells but walls; blocks and chasms do not count."""
+        free = {(row, col) for row, col, _ in self.cells} - self.walls
+        found = [(row, col) for row, col, mark in self.cells if mark == "S"]
+        for row, col in found:  # which grows
+            beside = ((row + 1, col), (row - 1, col), (row, col + 1), (row, col - 1))
+            found += [cell for cell in beside if cell in free and cell not in found]
+        row = math.floor(y / self.size + self.origin[0] + 0.5)
+        col = math.floor(x / self.size + self.origin[1] + 0.5)
+        return (row, col) in found and not self.in_wall(x, y)
 
     def draw(self, path=(), goal=()):
         """The text map, 4 x 2 characters per cell, with the visited places '*' and the goal 'G'."""
@@ -310,9 +326,13 @@ class AntEnv(gym.Env):
             raise ValueError(f"{task.id}: action_limit {task.action_limit} is beyond {self.xml}'s ctrlrange")
         if not (model.geom_contype | model.geom_conaffinity)[model.geom_bodyid > 0].any():
             raise ValueError(f"{self.xml} would walk through walls: give its geoms contype and conaffinity")
-        for goal in task.eval_goals:
-            if len(goal) and self.maze.in_wall(*goal[:2]):
-                raise ValueError(f"{task.id}: the evaluation goal {goal} is in a wall")
+        box = task.train_goals if isinstance(task.train_goals, Uniform) else None
+        for goal in (*task.eval_goals, *(() if box else task.train_goals)):
+            if len(goal) and not self.maze.reachable(*goal[:2]):
+                raise ValueError(f"{task.id}: no way leads to the goal {goal}: a wall, or outside the map")
+        left_top, right_bottom = self.maze.corners()
+        if box and (np.less(box.low[:2], left_top) | np.greater(box.high[:2], right_bottom)).any():
+            raise ValueError(f"{task.id}: goals from {box.low} to {box.high} are not all inside the map")
 
     # -- Gymnasium's interface
 

@@ -231,6 +231,6 @@ def test_numbers_are_no_inputs(module, monkeypatch):
     """A recording would keep a weight as it was; booleans choose between recordings."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     update = module.cuda_graph(lambda *inputs: None, module.Args(), SimpleNamespace(type="cuda", index=None))
-    for number in (1, 0.5):
+    for number in (1, 0.5, np.float64(1), np.mean([1.0, 2.0]), np.bool_(True)):
         with pytest.raises(TypeError, match="pass a tensor"):
             update(torch.zeros(2), number)

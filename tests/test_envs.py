@@ -963,7 +963,10 @@ class Swimmer(common_envs.AntEnv):
     "robot, changes, reason",
     [
         (common_envs.AntEnv, dict(action_limit=31.0), "beyond ant.xml's ctrlrange"),
-        (common_envs.AntEnv, dict(eval_goals=((0, 8), (0, 4))), "the evaluation goal .0, 4. is in a wall"),
+        (common_envs.AntEnv, dict(eval_goals=((0, 8), (0, 4))), "no way leads to the goal .0, 4."),
+        (common_envs.AntEnv, dict(eval_goals=((120, 160),)), "no way leads to the goal .120, 160."),
+        (common_envs.AntEnv, dict(train_goals=((8, 0), (4, 4))), "no way leads to the goal .4, 4."),
+        (common_envs.AntEnv, dict(train_goals=Uniform((-2, -2), (10, 15))), "not all inside the map"),
         (Swimmer, dict(), "action_limit 30.0 is beyond swimmer.xml's ctrlrange"),
         (Swimmer, dict(action_limit=1.0), "swimmer.xml would walk through walls"),
         (type("Bare", (Swimmer,), dict(robot_nq=15)), dict(), "swimmer.xml has nq 5 and nv 5: set robot_nq"),
@@ -973,6 +976,13 @@ class Swimmer(common_envs.AntEnv):
 def test_a_robot_or_row_that_would_fail_silently_is_refused(robot, changes, reason):
     with pytest.raises(ValueError, match=reason):
         robot(dataclasses.replace(SPECS["AntMaze-U"], **changes))
+
+
+def test_what_a_way_leads_to():
+    """Cells of 4 m, the start at (0, 0): a room behind a wall, and no map at all, are out of reach."""
+    maze = Maze(["######", "#S.#.#", "######"], 4)
+    assert [maze.reachable(x, 0) for x in (0, 5.9, 6, 8, 12, 100)] == [True, True, False, False, False, False]
+    assert [list(corner) for corner in maze.corners()] == [[-6, -6], [18, 6]]
 
 
 def test_the_ants_physics_do_not_hang_on_a_file_name(tmp_path):

@@ -352,6 +352,8 @@ def test_settings_that_all_environments_share():
         "--rollout-planning-subgoals 0",
         "--gradient-penalty-copies 0",
         "--dynamics-rows 4",
+        "--landmark-shift -1",
+        "--adjacency-near 2 --adjacency-far 1",
         "--dynamics-starts 5",
         "--coverage-landmarks -100 --landmark-weight 0",
         "--novelty-landmarks -1",

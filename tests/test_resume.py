@@ -1,5 +1,6 @@
 """Stopping and going on: bit for bit, and never without a whole checkpoint."""
 
+import collections
 import csv
 import json
 import random
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, TINY, read_rows
+from conftest import SCRIPTS, TINY, ToyEnv, read_rows
 
 STOP_AT = 557  # in the middle of the second episode and of a segment, after an evaluation at 285
 
@@ -299,3 +300,32 @@ def test_numpy_scalars_can_be_saved(module, tmp_path):
     torch.save(module.to_tensors(tree), tmp_path / "x.pt")
     loaded = torch.load(tmp_path / "x.pt", weights_only=True)
     assert loaded["reached"] is True and loaded["left"][0] == 0.5 and loaded["left"][1].tolist() == [0, 1, 2]
+
+
+def test_what_no_checkpoint_can_hold(module, toy_run, tmp_path):
+    """torch.load would refuse the file in the morning; so the run is refused, before it begins."""
+    assert module.to_tensors({"a": [(1, np.zeros(2))]})["a"][0][0] == 1
+    assert type(module.to_tensors((1, [2]))) is tuple
+    for value in (collections.deque([1]), {2}):
+        with pytest.raises(SystemExit, match=rf"state\.best\.5: .* no {type(value).__name__}"):
+            module.to_tensors({"best": {5: [value]}})
+    env = ToyEnv()
+    env.get_state = lambda: {"recent": collections.deque()}
+    with pytest.raises(SystemExit, match="recent: .* no deque"):
+        toy_run(module, 60, env, learning_starts=40)
+    assert not (tmp_path / "run").exists()
+
+
+def test_arrays_in_a_part_can_be_saved(module, tmp_path):
+    part = SimpleNamespace(state_dict=lambda: {"best": np.arange(3), "of": None})
+    module.save_checkpoint({"elite": part}, module.Args(), tmp_path / "x.pt")
+    assert module.load_checkpoint(str(tmp_path / "x.pt"))["elite"]["best"].tolist() == [0, 1, 2]
+
+
+def test_checkpoint_without_a_part(stopped, module, tmp_path):
+    """Of a version that did not have it."""
+    state = torch.load(stopped[0] / "checkpoint.pt", weights_only=True)
+    del state["worker"]
+    torch.save(state, tmp_path / "old.pt")
+    text = refusal(module, "--resume", tmp_path / "old.pt", "--total-steps", 2000)
+    assert "old.pt has no worker" in text and "config.json" in text
