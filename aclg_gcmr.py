@@ -25,8 +25,9 @@ This is hiro.py with subgoals in x and y and, in the order in which they were pr
 
 The landmarks' planner is a training signal for the manager's actor only: nothing plans while acting.
 A weight of 0 switches a term off; docs/aclg_gcmr.md has the flags of HIRO, HRAC, HIGL and ACLG.
-The method is in the sections from the dynamics model to the updates, and in main's loop; the rest is as in
-hiro.py, but for defaults and for when target networks move (update_worker, update_manager).
+The method is in the sections from the dynamics model to the updates (first what is trained apart: model,
+adjacency, novelty; then relabeling, planning and the losses, which use them), and in main's loop; the rest is
+as in hiro.py, but for defaults and for when target networks move (update_worker, update_manager).
 
 Off by default, for a worker that learns faster: --redrawn-subgoals (an ablation in HIRO's paper) and
 --rest-value (in no paper that we know). --preset quick turns them on.
