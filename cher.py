@@ -54,7 +54,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -247,7 +247,7 @@ PRESETS: dict[str, dict] = {
 # With --preset quick, on top of PRESETS. Found here.
 QUICK: dict[str, dict] = {
     "AntMaze-ULarge": {
-        "source": "found here: hiro.py's flags, critic_lr and mask_xy; docs/cher.md",
+        "source": "found here: hiro.py's flags, critic_lr and mask_xy; docs/cher_runs.md",
         "eval_every": 25_000,
         "eval_episodes": 10,
         "subgoal_space": "xy",
@@ -1175,18 +1175,18 @@ def append_row(path: Path, row: dict):
 
 def to_tensors(tree, name: str = "state"):
     """Nested dicts and lists with arrays as tensors, which torch.load(weights_only=True) accepts."""
-    if isinstance(tree, dict):
-        return {key: to_tensors(value, f"{name}.{key}") for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        items = [to_tensors(value, name) for value in tree]
-        return tuple(items) if isinstance(tree, tuple) else items
     if isinstance(tree, np.generic):  # a numpy scalar, which it does not accept either
-        return tree.item()
-    if isinstance(tree, np.ndarray):
+        tree = tree.item()
+    if type(tree) in (dict, OrderedDict) and all(type(key) in (str, int) for key in tree):
+        return {key: to_tensors(value, f"{name}.{key}") for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(to_tensors(value, name) for value in tree)
+    if isinstance(tree, np.ndarray) and tree.dtype.kind in "biuf":
         return torch.from_numpy(tree.copy())
-    if tree is None or isinstance(tree, (bool, int, float, str, torch.Tensor)):
+    if tree is None or type(tree) in (bool, int, float, str) or isinstance(tree, torch.Tensor):
         return tree
-    fail(f"{name}: a checkpoint holds numbers, lists, dicts, arrays and tensors, no {type(tree).__name__}")
+    holds = "None, numbers, strings, lists, tuples, dicts (keys: str, int), arrays of numbers and tensors"
+    fail(f"{name}: a checkpoint holds {holds}, not this {type(tree).__name__}")
 
 
 def say(progress: tqdm, line: str):
@@ -1473,7 +1473,7 @@ def make_run_dir(args: Args) -> Path:
         if args.resume and path.exists():
             earlier = json.loads(path.read_text())
             config["earlier_commands"] = [*earlier.get("earlier_commands", []), earlier["command"]]
-        if args.track:  # a resumed run goes on in the same run of Weights & Biases
+        if args.track or "wandb_id" in earlier:  # a resumed run goes on in the same run of Weights & Biases
             config["wandb_id"] = earlier.get("wandb_id") or os.urandom(8).hex()
         path.with_suffix(".tmp").write_text(json.dumps(config, indent=2) + "\n")
         os.replace(path.with_suffix(".tmp"), path)  # a crash here must not leave half a file for --resume

@@ -337,8 +337,9 @@ def test_a_resumed_run_goes_on_in_its_run_of_weights_and_biases(module, monkeypa
     for name in ("a", "b"):
         args = dataclasses.replace(module.Args(), run_dir=str(tmp_path / name), track=True)
         module.make_run_dir(args)
-        for _ in range(2):
-            module.make_run_dir(dataclasses.replace(args, resume=str(tmp_path / name / "checkpoint.pt")))
+        again = dataclasses.replace(args, resume=str(tmp_path / name / "checkpoint.pt"))
+        for track in (True, False, True):
+            module.make_run_dir(dataclasses.replace(again, track=track))
     ids = [settings["id"] for settings in begun]
     assert ids == [ids[0]] * 3 + [ids[3]] * 3 and ids[0] != ids[3]
     assert {settings["resume"] for settings in begun} == {"allow"}
