@@ -77,7 +77,7 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_I
 RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
 RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
 EVAL_MAY_CHANGE = (*RESUME_MAY_CHANGE, "checkpoint", "eval_only", "env", "reward", "seed", "reached_radius")
-# what --start-from may not change, as the networks have learned with it; preset is these settings' name
+# what --start-from may not change: the networks learned with it, or the file has its size
 START_KEEPS = ("preset", "reward", "hidden", "subgoal_space", "subgoal_limit", "action_limit", "mask_xy")
 START_KEEPS += ("scale_worker_inputs", "rest_value", "worker_gamma", "manager_gamma", "manager_period")
 START_KEEPS += ("manager_reward_scale", "worker_reward_scale", "time_limit_is_terminal", "novelty_landmarks")
@@ -384,7 +384,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         if first.preset == "quick":
             if env not in QUICK:
                 known = ", ".join(QUICK) or "no environment"
-                fail(f"--preset quick: {SCRIPT}.py has none for {env}; it has one for {known}")
+                fail(f"--preset quick: QUICK of {SCRIPT}.py has no row for {env}, only for {known}")
             settings |= QUICK[env]
         source = settings.pop("source", "this file's defaults, nothing was chosen for this environment")
     before = Args(**settings)
