@@ -29,7 +29,7 @@ CURVES = {
     "curves_gather_worker.png": (COOPERATION, "worker/period_return"),
     "curves_transfer.png": (["cher/AntMaze-ULarge/transfer"], "eval/success"),
     "curves_ularge.png": (
-        ["hiro/AntMaze-ULarge/far_g95", "hiro/AntMaze-ULarge/quick", "hiro/AntMaze-ULarge/trained_worker"]
+        [f"hiro/AntMaze-ULarge/{run}" for run in ("far_g95", "quick/seed2", "quick/seed3", "trained_worker")]
         + LONG_CHER,
         "eval/success",
     ),
@@ -73,8 +73,10 @@ CURVES = {
             for run in (
                 "quick/seed1",
                 "quick/seed2",
-                "quick_walker",
-                "quick_walker_again",
+                "quick_walker/seed2",
+                "quick_walker/seed3",
+                "quick_walker_again/seed2",
+                "quick_walker_again/seed3",
                 "quick_walker_g98",
             )
         ],

@@ -189,6 +189,7 @@ NOT_LEARNING |= {"eval_every", "eval_episodes", "eval_goals", "save_every"}
         "hiro/AntMaze-U/quick/seed3",
         "hiro/AntMaze-ULarge/far_g95/seed1",
         "hiro/AntMaze-ULarge/quick/seed2",
+        "hiro/AntMaze-ULarge/quick/seed3",
         "cher/AntMaze-ULarge/quick/seed1",
         "cher/AntMaze-ULarge/quick/seed2",
         "aclg_gcmr/AntMaze-Bottleneck/quick/seed1",
@@ -218,10 +219,10 @@ README_ROWS = {
     "`AntMaze-U`, aclg_gcmr.py, default settings": "aclg_gcmr/AntMaze-U/default/seed1",
     "`AntMaze-W`, aclg_gcmr.py": "aclg_gcmr/AntMaze-W/early/seed1",
     "`AntMaze-Bottleneck`, aclg_gcmr.py, `--pre": "aclg_gcmr/AntMaze-Bottleneck/quick/seed1 seed2 seed3",
-    "`AntMaze-Bottleneck`, aclg_gcmr.py, begun": "aclg_gcmr/AntMaze-Bottleneck/quick_walker/seed2"
-    " aclg_gcmr/AntMaze-Bottleneck/quick_walker_again/seed2",
+    "`AntMaze-Bottleneck`, aclg_gcmr.py, begun": "aclg_gcmr/AntMaze-Bottleneck/quick_walker/seed2 seed3"
+    " aclg_gcmr/AntMaze-Bottleneck/quick_walker_again/seed2 seed3",
     "`AntMaze-ULarge`, hiro.py, `--preset quick`": "hiro/AntMaze-ULarge/far_g95/seed1"
-    " hiro/AntMaze-ULarge/quick/seed2",
+    " hiro/AntMaze-ULarge/quick/seed2 seed3",
     "`AntMaze-ULarge`, hiro.py, the worker": "hiro/AntMaze-ULarge/trained_worker/seed1 seed2 seed3",
     "`AntMaze-ULarge`, cher.py, `--preset quick`": "cher/AntMaze-ULarge/quick/seed1 seed2"
     " cher/AntMaze-ULarge/quick_hrl/seed1",
