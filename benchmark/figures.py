@@ -18,6 +18,7 @@ HERE = Path(__file__).resolve().parent
 COOPERATION = [f"cher/AntGather/{variant}" for variant in ("fixed", "dynamic", "hrl")]
 # the longer seed: curves over several seeds end with the shortest
 LONG_CHER = ["cher/AntMaze-ULarge/fixed/seed2", "cher/AntMaze-ULarge/hrl/seed2"]
+APART = ("curves_ularge.png", "curves_bottleneck.png")  # a line per seed: they differ much, or in length
 # picture: runs below benchmark/results, metric
 CURVES = {
     "curves_point.png": (
@@ -100,7 +101,8 @@ def main(args: Args):
         paths = [path for path in (args.results / folder for folder in folders) if path.exists()]
         if not paths:
             raise SystemExit(f"figures.py: error: {name} needs runs in {args.results}: {', '.join(folders)}")
-        commands.append(["plot.py", *paths, "--metric", metric, "--out", args.docs / "pictures" / name])
+        by = ["--by", "variant", "seed"] if name in APART else []
+        commands.append(["plot.py", *paths, "--metric", metric, *by, "--out", args.docs / "pictures" / name])
     if args.all:
         commands += [[name, "--out", args.docs / "pictures"] for name in ("env_pictures.py", "films.py")]
     for script, *flags in commands:
