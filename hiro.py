@@ -72,7 +72,7 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_I
 RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
 RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
 EVAL_MAY_CHANGE = (*RESUME_MAY_CHANGE, "checkpoint", "eval_only", "env", "reward", "seed", "reached_radius")
-# what --start-from may not change: the networks learned with it, or the file has its size
+# what --start-from may not change: networks learned with it, or the file has its size; preset names them all
 START_KEEPS = ("preset", "reward", "hidden", "subgoal_space", "subgoal_limit", "action_limit", "mask_xy")
 START_KEEPS += ("scale_worker_inputs", "rest_value", "worker_gamma", "manager_gamma", "manager_period")
 START_KEEPS += ("manager_reward_scale",)
@@ -1008,7 +1008,10 @@ def append_row(path: Path, row: dict):
 
 
 def to_tensors(tree, name: str = "state"):
-    """Nested dicts and lists with arrays as tensors, which torch.load(weights_only=True) accepts."""
+    """Nested dicts and lists with arrays as tensors, which torch.load(weights_only=True) accepts.
+
+    Types are compared exactly: a file with others could not be read, or they would come back plain.
+    """
     if isinstance(tree, np.generic):  # a numpy scalar, which it does not accept either
         tree = tree.item()
     if type(tree) in (dict, OrderedDict) and all(type(key) in (str, int) for key in tree):
@@ -1290,8 +1293,8 @@ def make_run_dir(args: Args) -> Path:
     if args.track:
         import wandb
 
-        same = dict(id=config["wandb_id"], resume="allow", config=config["args"])
-        wandb.init(project="hrl", name=run_dir.name, sync_tensorboard=True, **same)
+        run = dict(name=run_dir.name, id=config["wandb_id"], resume="allow")  # goes on if that id is there
+        wandb.init(project="hrl", config=config["args"], sync_tensorboard=True, **run)
     print(f"results: {run_dir}", flush=True)
     return run_dir
 

@@ -244,13 +244,18 @@ def test_rows_of_readme_are_those_of_the_files(row):
             runs.append(list(csv.DictReader(file)))
     units = {"k": 1000, "M": 1_000_000}
     told = {round(float(number) * units[unit]) for number, unit in re.findall(r"([\d.]+)([kM])\b", cells[1])}
-    ends = [int(run[-1]["step"]) for run in runs]
-    assert {min(ends), max(ends)} <= told
-    columns = {"eval/success", "eval/success_any"} if "AntMaze-W`" in row else {"eval/success"}
-    if "ULarge" in row and "the paper's" not in row:  # whose (0, 16) is told of seed 2 alone
-        columns.add("eval/success_goal2")
+    ends = {int(run[-1]["step"]) for run in runs}
+    assert ends <= told or (" to " in cells[1] and {min(ends), max(ends)} <= told)
+
+    def means(column, runs=runs):
+        return [np.mean([float(line[column]) for line in run[-5:]]) for run in runs]
+
+    expected = means("eval/success_any") if "AntMaze-W`" in row else []
+    expected += means("eval/success")
+    if "ULarge" in row:  # of the paper's settings (0, 16) is told of seed 2 alone
+        expected += means("eval/success_goal2", runs[1::2] if "the paper's" in row else runs)
+    # in the order of the runs: "0.52, 0, 0; first at 1.0" begins with three successes
     numbers = [float(x) for x in re.findall(r"(?<![\d.(])[01](?:\.\d+)?(?![\d.k])", cells[3])]
-    for column in columns:
-        values = [np.mean([float(line[column]) for line in run[-5:]]) for run in runs]
-        each = all(any(abs(value - number) < 0.0051 for number in numbers) for value in values)
-        assert each or any(abs(np.mean(values) - number) < 0.0051 for number in numbers), column
+    if len(numbers) == 1:  # the mean of the seeds
+        expected = [np.mean(expected)]
+    np.testing.assert_allclose(numbers[: len(expected)], expected, atol=0.0051)
