@@ -206,56 +206,144 @@ def test_quick_presets_are_the_settings_of_their_runs(run):
     assert {name for name, value in config["args"].items() if preset[name] != value} <= NOT_LEARNING
 
 
-# How a row of README's table begins -> the runs that it tells of, below benchmark/results.
-README_ROWS = {
-    "`PointMaze-U`, hiro.py": "hiro/PointMaze-U/default/seed1 seed2 seed3",
-    "`PointMaze-U`, cher.py, fixed lambda": "cher/PointMaze-U/fixed/seed1 seed2 seed3",
-    "`PointMaze-U`, aclg_gcmr.py": "aclg_gcmr/PointMaze-U/default/seed1 seed2 seed3",
-    "`AntMaze-U`, hiro.py, `--preset quick`": "hiro/AntMaze-U/quick/seed1 seed2 seed3",
-    "`AntMaze-U`, hiro.py, default settings": "hiro/AntMaze-U/default/seed1",
-    "`AntMaze-U`, aclg_gcmr.py, `--preset quick` †": "aclg_gcmr/AntMaze-U/early/seed1",
-    "`AntMaze-U`, aclg_gcmr.py, `--preset quick --reward dense`": "aclg_gcmr/AntMaze-U/early_dense/seed2"
-    " aclg_gcmr/AntMaze-U/early_dense_aclg/seed2",
-    "`AntMaze-U`, aclg_gcmr.py, default settings": "aclg_gcmr/AntMaze-U/default/seed1",
-    "`AntMaze-W`, aclg_gcmr.py": "aclg_gcmr/AntMaze-W/early/seed1",
-    "`AntMaze-Bottleneck`, aclg_gcmr.py, `--pre": "aclg_gcmr/AntMaze-Bottleneck/quick/seed1 seed2 seed3",
-    "`AntMaze-Bottleneck`, aclg_gcmr.py, begun": "aclg_gcmr/AntMaze-Bottleneck/quick_walker/seed2 seed3"
-    " aclg_gcmr/AntMaze-Bottleneck/quick_walker_again/seed2 seed3",
-    "`AntMaze-ULarge`, hiro.py, `--preset quick`": "hiro/AntMaze-ULarge/far_g95/seed1"
-    " hiro/AntMaze-ULarge/quick/seed2 seed3",
-    "`AntMaze-ULarge`, hiro.py, the worker": "hiro/AntMaze-ULarge/trained_worker/seed1 seed2 seed3",
-    "`AntMaze-ULarge`, cher.py, `--preset quick`": "cher/AntMaze-ULarge/quick/seed1 seed2"
-    " cher/AntMaze-ULarge/quick_hrl/seed1",
-    "`AntMaze-ULarge`, cher.py, the paper's settings": "cher/AntMaze-ULarge/fixed/seed1 seed2"
-    " cher/AntMaze-ULarge/hrl/seed1 seed2",
+# How a row of README's table, or of the part of docs/results.md, begins -> its runs, below benchmark/results.
+TOLD = {
+    "README.md": {
+        "`PointMaze-U`, hiro.py": "hiro/PointMaze-U/default/seed1 seed2 seed3",
+        "`PointMaze-U`, cher.py, fixed lambda": "cher/PointMaze-U/fixed/seed1 seed2 seed3",
+        "`PointMaze-U`, aclg_gcmr.py": "aclg_gcmr/PointMaze-U/default/seed1 seed2 seed3",
+        "`AntMaze-U`, hiro.py, `--preset quick`": "hiro/AntMaze-U/quick/seed1 seed2 seed3",
+        "`AntMaze-U`, hiro.py, default settings": "hiro/AntMaze-U/default/seed1",
+        "`AntMaze-U`, aclg_gcmr.py, `--preset quick` †": "aclg_gcmr/AntMaze-U/early/seed1",
+        "`AntMaze-U`, aclg_gcmr.py, `--preset quick --reward dense`": "aclg_gcmr/AntMaze-U/early_dense/seed2"
+        " aclg_gcmr/AntMaze-U/early_dense_aclg/seed2",
+        "`AntMaze-U`, aclg_gcmr.py, default settings": "aclg_gcmr/AntMaze-U/default/seed1",
+        "`AntMaze-W`, aclg_gcmr.py": "aclg_gcmr/AntMaze-W/early/seed1",
+        "`AntMaze-Bottleneck`, aclg_gcmr.py, `--pre": "aclg_gcmr/AntMaze-Bottleneck/quick/seed1 seed2 seed3",
+        "`AntMaze-Bottleneck`, aclg_gcmr.py, begun": "aclg_gcmr/AntMaze-Bottleneck/quick_walker/seed2 seed3"
+        " aclg_gcmr/AntMaze-Bottleneck/quick_walker_again/seed2 seed3",
+        "`AntMaze-ULarge`, hiro.py, `--preset quick`": "hiro/AntMaze-ULarge/far_g95/seed1"
+        " hiro/AntMaze-ULarge/quick/seed2 seed3",
+        "`AntMaze-ULarge`, hiro.py, the worker": "hiro/AntMaze-ULarge/trained_worker/seed1 seed2 seed3",
+        "`AntMaze-ULarge`, cher.py, `--preset quick`": "cher/AntMaze-ULarge/quick/seed1 seed2"
+        " cher/AntMaze-ULarge/quick_hrl/seed1",
+        "`AntMaze-ULarge`, cher.py, the paper's settings": "cher/AntMaze-ULarge/fixed/seed1 seed2"
+        " cher/AntMaze-ULarge/hrl/seed1 seed2",
+    },
+    "docs/results.md": {
+        "PointMaze-U: hiro.py": "hiro/PointMaze-U/default/seed1 seed2 seed3",
+        "PointMaze-U: cher.py, fixed": "cher/PointMaze-U/fixed/seed1 seed2 seed3",
+        "PointMaze-U: cher.py, learned": "cher/PointMaze-U/dynamic/seed1 seed2 seed3",
+        "PointMaze-U: cher.py, HRL": "cher/PointMaze-U/hrl/seed1",
+        "PointMaze-U: aclg_gcmr.py": "aclg_gcmr/PointMaze-U/default/seed1 seed2 seed3",
+        "AntMaze-U: aclg_gcmr.py, variant `fast`": "aclg_gcmr/AntMaze-U/fast/seed1",
+        "AntMaze-U: aclg_gcmr.py, variant `walker`": "aclg_gcmr/AntMaze-U/walker/seed1",
+        "AntMaze-U: aclg_gcmr.py, `--preset quick` (": "aclg_gcmr/AntMaze-U/early/seed1",
+        "AntMaze-U: aclg_gcmr.py, `--preset quick --reward dense`": "aclg_gcmr/AntMaze-U/early_dense/seed2",
+        "AntMaze-U: aclg_gcmr.py, the same without": "aclg_gcmr/AntMaze-U/early_dense_aclg/seed2",
+        "AntMaze-U: aclg_gcmr.py, default settings but": "aclg_gcmr/AntMaze-U/default/seed1",
+        "AntMaze-U: aclg_gcmr.py, default settings, v": "aclg_gcmr/AntMaze-U/sparse/seed1",
+        "AntMaze-U: hiro.py (8)": "hiro/AntMaze-U/default/seed1",
+        "AntMaze-U: hiro.py, `--preset quick`": "hiro/AntMaze-U/quick/seed1 seed2 seed3",
+        "AntMaze-ULarge: hiro.py, `--preset quick` (": "hiro/AntMaze-ULarge/far_g95/seed1"
+        " hiro/AntMaze-ULarge/quick/seed2 seed3",
+        "AntMaze-ULarge: hiro.py, seed 2": "hiro/AntMaze-ULarge/quick_on/seed2",
+        "AntMaze-ULarge: hiro.py, going on": "hiro/AntMaze-ULarge/quick_on_g98/seed2",
+        "AntMaze-ULarge: hiro.py, with worker": "hiro/AntMaze-ULarge/quick_then_g98/seed2",
+        "AntMaze-ULarge: hiro.py, `--preset quick --worker-gamma": "hiro/AntMaze-ULarge/quick_g98/seed1",
+        "AntMaze-ULarge: hiro.py, the worker": "hiro/AntMaze-ULarge/trained_worker/seed1 seed2 seed3",
+        "AntMaze-ULarge: cher.py, `--preset quick` (": "cher/AntMaze-ULarge/quick/seed1 seed2",
+        "AntMaze-ULarge: cher.py, `--preset quick --coop": "cher/AntMaze-ULarge/quick_hrl/seed1",
+        "AntMaze-ULarge: hiro.py, `--preset quick --relabel": "hiro/AntMaze-ULarge/quick_no_relabeling/seed2",
+        "AntMaze-ULarge: cher.py, fixed": "cher/AntMaze-ULarge/fixed/seed1 seed2",
+        "AntMaze-ULarge: cher.py, HRL": "cher/AntMaze-ULarge/hrl/seed1 seed2",
+        "AntMaze-W: aclg_gcmr.py": "aclg_gcmr/AntMaze-W/early/seed1",
+        "AntMaze-Bottleneck: aclg_gcmr.py, `--preset quick` (": "aclg_gcmr/AntMaze-Bottleneck/quick/seed1"
+        " seed2 seed3",
+        "AntMaze-Bottleneck: aclg_gcmr.py, begun": "aclg_gcmr/AntMaze-Bottleneck/quick_walker/seed2 seed3",
+        "AntMaze-Bottleneck: aclg_gcmr.py, going on": "aclg_gcmr/AntMaze-Bottleneck/quick_walker_again/seed2"
+        " seed3",
+        "AntMaze-Bottleneck: aclg_gcmr.py, seed 2": "aclg_gcmr/AntMaze-Bottleneck/quick_walker_g98/seed2",
+        "AntMaze-Bottleneck: aclg_gcmr.py, `--preset quick --no-mask": "aclg_gcmr/AntMaze-Bottleneck/"
+        "quick_sees_xy/seed2",
+    },
 }
 
 
-@pytest.mark.parametrize("row", README_ROWS)
-def test_rows_of_readme_are_those_of_the_files(row):
-    """Steps, and success as the mean of the last five evaluations, of each seed or of the seeds."""
-    lines = (ROOT / "README.md").read_text().splitlines()
-    (cells,) = (line.strip("| ").split(" | ") for line in lines if line.startswith(f"| {row}"))
+def minutes_of(run: list[dict]) -> float:
+    """Without pauses: an interval of more than ten times the median counts as the median."""
+    seconds = np.diff([float(line["time"]) for line in run], prepend=0)
+    usual = np.median(seconds)
+    return np.where(seconds > 10 * usual, usual, seconds).sum() / 60
+
+
+def told_row(page: str, row: str) -> dict:
+    """The cells of a row, by the names in the table's header."""
+    part, header, found = "", [], []
+    for line in (ROOT / page).read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
+        if "success" in cells and "minutes" in cells:
+            header = cells
+        if line.startswith("| **"):
+            part = re.search(r"\*\*(.*?)\*\*", line)[1] + ": "
+        elif line.startswith("|") and (part + cells[0]).startswith(row):
+            found.append(dict(zip(header, cells, strict=True)))
+    (only,) = found
+    return only
+
+
+@pytest.mark.parametrize("page, row", [(page, row) for page in TOLD for row in TOLD[page]])
+def test_rows_of_the_tables_are_those_of_the_files(page, row):
+    """Steps, minutes, and success as the mean of the last five evaluations, of each seed or of the seeds."""
+    cells = told_row(page, row)
     runs, folder = [], None
-    for word in README_ROWS[row].split():
+    for word in TOLD[page][row].split():
         *parents, seed = word.split("/")
         folder = "/".join(parents) or folder
         with open(ROOT / "benchmark" / "results" / folder / seed / "progress.csv", newline="") as file:
             runs.append(list(csv.DictReader(file)))
+    minutes = [minutes_of(run) for run in runs]
     units = {"k": 1000, "M": 1_000_000}
-    told = {round(float(number) * units[unit]) for number, unit in re.findall(r"([\d.]+)([kM])\b", cells[1])}
+    steps = {round(float(x) * units[unit]) for x, unit in re.findall(r"([\d.]+)([kM])\b", cells["steps"])}
     ends = {int(run[-1]["step"]) for run in runs}
-    assert ends <= told or (" to " in cells[1] and {min(ends), max(ends)} <= told)
+    assert ends <= steps or (" to " in cells["steps"] and {min(ends), max(ends)} <= steps)
+
+    # "36 (at 120k), 80 in all", "22 to 44", "88, 93; 39, 43"
+    told = [int(x) for x in re.findall(r"\d+", re.sub(r"\d+ \(.*?\),", "", cells["minutes"]))]
+    expected = [min(minutes), max(minutes)] if " to " in cells["minutes"] else minutes
+    np.testing.assert_allclose(told, expected, atol=0.51)
 
     def means(column, runs=runs):
         return [np.mean([float(line[column]) for line in run[-5:]]) for run in runs]
 
-    expected = means("eval/success_any") if "AntMaze-W`" in row else []
-    expected += means("eval/success")
-    if "ULarge" in row:  # of the paper's settings (0, 16) is told of seed 2 alone
+    expected = means("eval/success")
+    if "AntMaze-W" in row:  # README tells the one first, docs/results.md the other
+        expected = [*means("eval/success_any"), *expected][:: 1 if page == "README.md" else -1]
+    if "(0, 16)" in cells["success"]:  # README tells it of the paper's settings for seed 2 alone
         expected += means("eval/success_goal2", runs[1::2] if "the paper's" in row else runs)
     # in the order of the runs: "0.52, 0, 0; first at 1.0" begins with three successes
-    numbers = [float(x) for x in re.findall(r"(?<![\d.(])[01](?:\.\d+)?(?![\d.k])", cells[3])]
+    numbers = [float(x) for x in re.findall(r"(?<![\d.(])[01](?:\.\d+)?(?![\d.k])", cells["success"])]
     if len(numbers) == 1:  # the mean of the seeds
         expected = [np.mean(expected)]
+    assert len(expected) <= len(numbers)
     np.testing.assert_allclose(numbers[: len(expected)], expected, atol=0.0051)
+
+
+@pytest.mark.parametrize("row", TOLD["docs/results.md"])
+def test_first_evaluations_at_nine_tenths_are_those_of_the_files(row):
+    """The column "first at 0.9" of docs/results.md, in thousands of steps."""
+    cells, folder, expected = told_row("docs/results.md", row), None, []
+    for word in TOLD["docs/results.md"][row].split():
+        *parents, seed = word.split("/")
+        folder = "/".join(parents) or folder
+        column = "eval/success_any" if "AntMaze-W" in row else "eval/success"
+        with open(ROOT / "benchmark" / "results" / folder / seed / "progress.csv", newline="") as file:
+            good = [int(line["step"]) for line in csv.DictReader(file) if float(line[column]) >= 0.9 - 1e-9]
+        expected.append(good[0] if good else None)
+    told = re.sub(r"\(.*", "", cells["first at 0.9"])
+    if "at once" in told:  # in the evaluation before it learns, the first or one of 5,000 or 25,000 steps
+        assert all(step <= 25_000 for step in expected)
+        return
+    words = re.findall(r"\bno\b|[\d.]+[kM]", told)
+    units = {"k": 1000, "M": 1_000_000}
+    assert [None if word == "no" else round(float(word[:-1]) * units[word[-1]]) for word in words] == expected
