@@ -15,9 +15,11 @@ This is hiro.py with subgoals in x and y and, in the order in which they were pr
 
     every step:
         act, and store as in hiro.py, but with --no-worker-looks-ahead
-        update_worker: (with the default intervals) critics by critic_loss, once a step, or five times once
-                       the model is trained, when every fifth update has + gradient_penalty; at every fifth
-                       its actor, too: -q1, and with the model at every tenth of these + rollout_planning_loss
+        update_worker: (with the default intervals)
+            critics by critic_loss, once a step; once the model is trained five times, one of them
+                with + gradient_penalty
+            actor at every fifth critic update by -q1; once the model is trained every tenth time
+                with + rollout_planning_loss
     every manager_period steps:
         update_manager: relabeled critic_loss; -q1 + adjacency_loss + landmark_loss towards plan_landmarks
     at the end of an episode:
@@ -73,14 +75,6 @@ FORMAT = 1  # of checkpoints; to be raised when this version writes what older o
 STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT]
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup ignores
     STOP_SIGNALS.append(signal.SIGHUP)  # the terminal is gone
-# arguments that --resume, and --eval-only, may change
-RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
-RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
-EVAL_MAY_CHANGE = (*RESUME_MAY_CHANGE, "checkpoint", "eval_only", "env", "reward", "seed", "reached_radius")
-# what --start-from may not change: networks learned with it, or the file has its size; preset names them all
-START_KEEPS = ("preset", "reward", "hidden", "subgoal_space", "subgoal_limit", "action_limit", "mask_xy")
-START_KEEPS += ("scale_worker_inputs", "rest_value", "worker_gamma", "manager_gamma", "manager_period")
-START_KEEPS += ("manager_reward_scale", "worker_reward_scale", "time_limit_is_terminal", "novelty_landmarks")
 
 # ------------------------------------------------------------------------------------------------ arguments
 
@@ -219,13 +213,13 @@ class Args:
     # --- Relabeling (GCMR) ---
     model_relabeling: bool = True  # score candidates on model rollouts; off: on the recorded states (HIRO)
     rollout_weight: float = 0.95  # w, the i-th state is w^i recorded, 1 - w^i model; 0: model alone; 1: none
-    relabel_shift: float = 20.0  # delta_sg at batch_size 128 (at 512: 40); 0: take the best candidate itself
+    relabel_shift: float = 20.0  # delta_sg; rms of a batch: this / sqrt(batch_size); 0: the best itself
     relabel_norm: Literal["batch", "sample"] = "batch"  # shift / norm of all differences, or each row's
 
     # --- Gradient penalty (GCMR) ---
     gradient_penalty_weight: float = 1.0  # lambda_gp
     gradient_penalty_every: int = 5  # worker critic updates
-    gradient_penalty_form: Literal["paper", "released"] = "paper"  # worker's actions, k; or uniform, k / rows
+    gradient_penalty_form: Literal["paper", "released"] = "paper"  # actions: the worker's; or random ones
     gradient_penalty_copies: int = 16  # random actions per row of "released"
 
     # --- One-step rollout planning (GCMR) ---
@@ -334,173 +328,12 @@ QUICK: dict[str, dict] = {
 SUBGOAL_SPACES = {"xy": (10.0, 10.0), "xyz": (10.0, 10.0, 0.5), "xy_block": (10.0, 10.0, 2.0, 2.0)}
 
 
-def fail(message: str):
-    """One clear line on stderr and a non-zero exit."""
-    raise SystemExit(f"{SCRIPT}.py: error: {message}")
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """Two passes: --env or a checkpoint sets the defaults, then all flags are read, and shown, with them."""
-
-    @dataclass
-    class First:
-        env: str | None = None
-        preset: Literal["default", "quick"] = "default"
-        checkpoint: str | None = None
-        resume: str | None = None
-        start_from: str | None = None
-        eval_only: bool = False
-
-    first, _ = tyro.cli(First, args=argv, return_unknown_args=True, add_help=False)
-    if first.env not in (None, *SPECS):
-        fail(f"unknown --env {first.env}; known: {', '.join(SPECS)}")
-    if first.eval_only and first.checkpoint is None:
-        fail("--eval-only needs --checkpoint PATH")
-    if first.checkpoint is not None and not first.eval_only:
-        fail("--checkpoint is for --eval-only; to go on use --resume checkpoint.pt or --start-from model.pt")
-    if first.checkpoint is not None and first.resume is not None:
-        fail("--resume trains, --eval-only does not: choose one of them")
-    begins = first.start_from is not None and first.checkpoint is None and first.resume is None
-    if begins and first.preset != "default":
-        fail("--start-from takes all settings of the file: leave out --preset")
-    saved = first.start_from if begins else first.checkpoint if first.resume is None else first.resume
-    if saved is not None:
-        settings = load_checkpoint(saved)["args"] | {"resume": None, "checkpoint": None, "run_dir": None}
-        source = f"read from {saved}"
-        if begins:  # a run of its own, with networks that know something
-            settings |= {"variant": f"{settings['variant']}_on", "uniform_warmup": False}
-            settings |= {"worker_checkpoint": None} if "worker_checkpoint" in settings else {}
-        if first.resume is None:
-            settings |= {"track": False, "capture_video": False}  # those of the training
-        if first.resume is None and first.env not in (None, settings["env"]):
-            old = settings["env"]
-            if old in SPECS and SPECS[first.env].kind != SPECS[old].kind:
-                fail(f"--env {first.env} has another robot or other obs than {old}, where the agent learned")
-            settings |= {"env": first.env, "eval_goals": PRESETS.get(first.env, {}).get("eval_goals", ())}
-            settings |= {} if settings["reward"] in SPECS[first.env].rewards else {"reward": None}
-    else:
-        env = first.env or Args.env
-        settings = {"env": env, "preset": first.preset, "variant": first.preset} | PRESETS.get(env, {})
-        if first.preset == "quick":
-            if env not in QUICK:
-                known = ", ".join(QUICK) or "no environment"
-                fail(f"--preset quick: QUICK of {SCRIPT}.py has no row for {env}, only for {known}")
-            settings |= QUICK[env]
-        source = settings.pop("source", "this file's defaults, nothing was chosen for this environment")
-    before = Args(**settings)
-    args = tyro.cli(
-        Args,
-        args=argv,
-        default=before,
-        description=f"{__doc__.splitlines()[0]} Settings of {settings['env']}: {source}. "
-        f"Environments: {', '.join(SPECS)}.",
-    )
-    may_change = EVAL_MAY_CHANGE if first.eval_only else RESUME_MAY_CHANGE
-    fixed = (field.name for field in dataclasses.fields(Args) if field.name not in may_change)
-    changed = ", ".join(name for name in fixed if getattr(args, name) != getattr(before, name))
-    if first.resume is not None and changed:
-        fail(f"--resume continues the run as it was set; not with another {changed}")
-    if first.eval_only and changed:
-        fail(f"--eval-only shows the agent as it was trained; not with another {changed}")
-    changed = ", ".join(name for name in START_KEEPS if getattr(args, name) != getattr(before, name))
-    if begins and changed:
-        fail(f"--start-from takes the networks as they have learned; not with another {changed}")
-    check_args(args)
-    return args
-
-
 def uses_adjacency(args: Args) -> bool:
     return args.adjacency_weight > 0 or (args.landmark_weight > 0 and args.landmark_space == "adjacency")
 
 
 def relabels_by_model(args: Args) -> bool:
     return args.model_relabeling and args.rollout_weight < 1
-
-
-def check_args(args: Args):
-    """Refuse what makes no sense, with the reason."""
-    if args.env not in SPECS:
-        fail(f"the checkpoint is of {args.env}, an environment that common_envs.py here does not have")
-    spec = SPECS[args.env]
-    for name, value in vars(args).items():
-        if isinstance(value, (float, tuple)) and not np.isfinite(value).all():  # comparisons let NaN pass
-            fail(f"--{name.replace('_', '-')} is not a finite number")
-    if args.reward is not None and args.reward not in spec.rewards:
-        fail(f"--reward {args.reward}: {args.env} has {', '.join(spec.rewards)}")
-    positive = """
-    total_steps eval_every eval_episodes manager_period hidden batch_size worker_buffer manager_buffer
-    worker_critic_updates worker_critic_updates_with_penalty worker_actor_every gradient_penalty_every
-    rollout_planning_every adjacency_epochs adjacency_batch_size planner_keeps_graph coverage_pool
-    dynamics_members dynamics_hidden dynamics_first_updates dynamics_updates dynamics_batch_size
-    gradient_penalty_copies rollout_planning_goals rollout_planning_subgoals
-    """
-    for name in positive.split():
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1")
-    not_negative = """
-    seed threads save_every actor_lr critic_lr critic_weight_decay adjacency_lr novelty_lr dynamics_lr
-    planner_rows coverage_landmarks novelty_landmarks novelty_radius path_heat landmark_shift
-    adjacency_weight landmark_weight landmark_weight_before_planner
-    relabel_shift gradient_penalty_weight rollout_planning_weight reached_radius candidate_noise
-    worker_noise worker_target_noise worker_target_noise_clip rollout_planning_noise
-    manager_noise manager_target_noise manager_target_noise_clip dynamics_every adjacency_every
-    """
-    for name in not_negative.split():
-        if getattr(args, name) < 0:
-            fail(f"--{name.replace('_', '-')} must not be negative")
-    if args.seed >= 2**32:
-        fail("--seed must be below 2**32")
-    if args.threads > 1024:
-        fail(f"--threads {args.threads}: torch crashes with so many; use at most the number of cores")
-    for name in ("tau", "manager_gamma", "random_subgoals", "redrawn_subgoals", "rollout_weight"):
-        if not 0 <= getattr(args, name) <= 1:
-            fail(f"--{name.replace('_', '-')} must be within 0 to 1")
-    if (args.redrawn_subgoals > 0 or args.rest_value) and args.worker_looks_ahead:
-        fail(
-            "--redrawn-subgoals and --rest-value hold for one subgoal at a time: add --no-worker-looks-ahead"
-        )
-    if not 0 <= args.worker_gamma < 1:
-        fail("--worker-gamma must be below 1, and not negative: a death counts reward / (1 - gamma)")
-    if args.learning_starts < args.manager_period:
-        fail("--learning-starts must be at least --manager-period: the manager learns from whole segments")
-    spaces = ["xy"] if spec.kind == "point" else ["xy", "xy_block" if spec.observe_block else "xyz"]
-    if args.subgoal_space not in spaces:
-        fail(f"--subgoal-space {args.subgoal_space}: by its obs {args.env} has {' and '.join(spaces)}")
-    dims = len(SUBGOAL_SPACES[args.subgoal_space])
-    if args.subgoal_limit and (len(args.subgoal_limit) != dims or not all(x > 0 for x in args.subgoal_limit)):
-        fail(
-            f"--subgoal-limit: --subgoal-space {args.subgoal_space} needs {dims} positive numbers, or none: "
-            "the flag alone stands for the space's own"
-        )
-    if args.eval_goals and (not spec.goal_dim or len(args.eval_goals) % spec.goal_dim):
-        fail(f"--eval-goals: a goal of {args.env} has {spec.goal_dim} numbers")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
-        fail(f"--device {args.device}: use auto, cpu, cuda or cuda:0")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        fail("--track needs Weights & Biases: pip install wandb")
-    if args.capture_video and importlib.util.find_spec("imageio_ffmpeg") is None:
-        fail('--capture-video needs a video encoder: pip install "imageio[ffmpeg]"')
-    if args.device.startswith("cuda") and (torch.device(args.device).index or 0) >= torch.cuda.device_count():
-        fail(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
-    if args.candidates < 3:
-        fail("--candidates must be at least 3: the stored subgoal, the displacement and one draw")
-    if spec.goal_dim != len(SUBGOAL_SPACES[args.subgoal_space]) and args.landmark_weight > 0:
-        fail(
-            f"landmarks need goals and subgoals of one kind: {args.env} has {spec.goal_dim}-dim goals, "
-            f"--subgoal-space {args.subgoal_space} has {len(SUBGOAL_SPACES[args.subgoal_space])}; "
-            "choose another or set --landmark-weight 0"
-        )
-    if int(args.adjacency_factor * args.manager_period) < 2 and uses_adjacency(args):
-        fail("--adjacency-factor x --manager-period must be at least 2, or no two steps are adjacent")
-    if args.adjacency_near > args.adjacency_far:
-        fail("--adjacency-near must not be above --adjacency-far: adjacent cells are the nearer ones")
-    if args.landmark_weight > 0 and args.coverage_landmarks < 1:
-        fail("--coverage-landmarks must be at least 1 while --landmark-weight is not 0")
-    for name in ("dynamics_rows", "dynamics_starts"):
-        if getattr(args, name) < 100:
-            fail(f"--{name.replace('_', '-')} must be at least 100, to train on some and to hold out some")
-    if args.worker_buffer < spec.max_steps:
-        fail(f"--worker-buffer must hold an episode of {spec.max_steps} steps")
 
 
 # ------------------------------------------------------------------------------------------------- subgoals
@@ -573,10 +406,10 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Twin Q functions: (obs, goal, action) -> q [2, B]. Inputs [B, .] are shared, [2, B, .] one for each.
 
-    With rest = 1 / (1 - gamma), times the reward's scale (--rest-value, off by default), the network is on
-    top of the value of resting for ever, -rest |goal|. To TD learning that is potential-based shaping (Ng et
-    al. 1999; Wiewiora 2003): the optimum is the same, and the network's reward is
-    rest (|goal| - |next goal|), what a step has gained.
+    --rest-value (off by default): Q = network - rest |goal|, rest = 1 / (1 - gamma) times the reward's scale.
+    A worker that stays where it is pays |goal| at every step for ever, rest |goal| in all; with this known
+    part taken out the network learns only what steps gain, rest (|goal| - |next goal|) each. The optimum is
+    the same: it is potential-based shaping (Ng et al. 1999; Wiewiora 2003).
     easy to overlook: q1 repeats forward for one member, for speed; in a network of yours it may return
     self(...)[0].
     """
@@ -938,7 +771,7 @@ class Adjacency(nn.Module):
         sizes = [dims, 128, 128, 128, 32]
         layers = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.ReLU())]
         self.embed = nn.Sequential(*layers[:-1])
-        self.lags = int(args.manager_period * args.adjacency_factor) - 1
+        self.lags = int(args.manager_period * args.adjacency_factor) - 1  # as released, less one (docs, 15)
         self.cells: dict[tuple, int] = {}  # cell -> its row in the matrix
         self.matrix = np.eye(0, dtype=bool)  # [cells, cells]
         self.positions = 0  # collected since the last training
@@ -1430,7 +1263,10 @@ def planning_value_loss(manager: TD3, worker: TD3, dynamics: DynamicsEnsemble, o
 
 
 class UpdateCounts:
-    """Which terms are due at the worker's next critic update. *_with_model: since the model was trained."""
+    """Which terms are due at the worker's next critic update. *_with_model: since the model was trained.
+
+    Counted here, as a step has one critic update, or several once there is a gradient penalty.
+    """
 
     def __init__(self):
         self.critic = self.critic_with_model = self.actor_with_model = 0
@@ -1438,16 +1274,16 @@ class UpdateCounts:
     def next(self, model_trained: bool, args: Args) -> dict:
         self.critic += 1
         with_actor = self.critic % args.worker_actor_every == 0
-        due = {"with_actor": with_actor, "with_penalty": False, "with_planning": False}
+        terms = {"with_actor": with_actor, "with_penalty": False, "with_planning": False}
         if model_trained:
             penalty_due = self.critic_with_model % args.gradient_penalty_every == 0
-            due["with_penalty"] = args.gradient_penalty_weight > 0 and penalty_due
+            terms["with_penalty"] = args.gradient_penalty_weight > 0 and penalty_due
             self.critic_with_model += 1
         if model_trained and with_actor:
             planning_due = self.actor_with_model % args.rollout_planning_every == 0
-            due["with_planning"] = args.rollout_planning_weight > 0 and planning_due
+            terms["with_planning"] = args.rollout_planning_weight > 0 and planning_due
             self.actor_with_model += 1
-        return due
+        return terms
 
     def state_dict(self) -> dict:
         return dict(vars(self))
@@ -1564,9 +1400,10 @@ def update_manager(
         else:  # as released, perhaps by mistake: the landmark is where the robot is, so subgoals go to 0
             pseudo_landmark = here
             weight = args.landmark_weight * args.landmark_weight_before_planner
-        to_landmark = landmark_loss(adjacency, here, subgoal[:rows], pseudo_landmark, args)
-        losses["manager/landmark_loss"] = to_landmark
-        actor_loss = actor_loss + weight * to_landmark
+        losses["manager/landmark_loss"] = landmark_loss(
+            adjacency, here, subgoal[:rows], pseudo_landmark, args
+        )
+        actor_loss = actor_loss + weight * losses["manager/landmark_loss"]
     manager.actor_step(actor_loss)
     manager.update_target_critic()
     manager.update_target_actor()
@@ -1727,6 +1564,181 @@ class Recorder:
             self.film, self.env.markers = None, []
 
 
+# ----------------------------------------------------------------------------------------------- command line
+
+# arguments that --resume, and --eval-only, may change
+RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
+RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
+EVAL_MAY_CHANGE = (*RESUME_MAY_CHANGE, "checkpoint", "eval_only", "env", "reward", "seed", "reached_radius")
+# what --start-from may not change: networks learned with it, or the file has its size; preset names them all
+START_KEEPS = ("preset", "reward", "hidden", "subgoal_space", "subgoal_limit", "action_limit", "mask_xy")
+START_KEEPS += ("scale_worker_inputs", "rest_value", "worker_gamma", "manager_gamma", "manager_period")
+START_KEEPS += ("manager_reward_scale", "worker_reward_scale", "time_limit_is_terminal", "novelty_landmarks")
+
+
+def fail(message: str):
+    """One clear line on stderr and a non-zero exit."""
+    raise SystemExit(f"{SCRIPT}.py: error: {message}")
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Two passes: --env or a checkpoint sets the defaults, then all flags are read, and shown, with them."""
+
+    @dataclass
+    class First:
+        env: str | None = None
+        preset: Literal["default", "quick"] = "default"
+        checkpoint: str | None = None
+        resume: str | None = None
+        start_from: str | None = None
+        eval_only: bool = False
+
+    first, _ = tyro.cli(First, args=argv, return_unknown_args=True, add_help=False)
+    if first.env not in (None, *SPECS):
+        fail(f"unknown --env {first.env}; known: {', '.join(SPECS)}")
+    if first.eval_only and first.checkpoint is None:
+        fail("--eval-only needs --checkpoint PATH")
+    if first.checkpoint is not None and not first.eval_only:
+        fail("--checkpoint is for --eval-only; to go on use --resume checkpoint.pt or --start-from model.pt")
+    if first.checkpoint is not None and first.resume is not None:
+        fail("--resume trains, --eval-only does not: choose one of them")
+    begins = first.start_from is not None and first.checkpoint is None and first.resume is None
+    if begins and first.preset != "default":
+        fail("--start-from takes all settings of the file: leave out --preset")
+    saved = first.start_from if begins else first.checkpoint if first.resume is None else first.resume
+    if saved is not None:
+        settings = load_checkpoint(saved)["args"] | {"resume": None, "checkpoint": None, "run_dir": None}
+        source = f"read from {saved}"
+        if begins:  # a run of its own, with networks that know something
+            settings |= {"variant": f"{settings['variant']}_on", "uniform_warmup": False}
+            settings |= {"worker_checkpoint": None} if "worker_checkpoint" in settings else {}
+        if first.resume is None:
+            settings |= {"track": False, "capture_video": False}  # those of the training
+        if first.resume is None and first.env not in (None, settings["env"]):
+            old = settings["env"]
+            if old in SPECS and SPECS[first.env].kind != SPECS[old].kind:
+                fail(f"--env {first.env} has another robot or other obs than {old}, where the agent learned")
+            settings |= {"env": first.env, "eval_goals": PRESETS.get(first.env, {}).get("eval_goals", ())}
+            settings |= {} if settings["reward"] in SPECS[first.env].rewards else {"reward": None}
+    else:
+        env = first.env or Args.env
+        settings = {"env": env, "preset": first.preset, "variant": first.preset} | PRESETS.get(env, {})
+        if first.preset == "quick":
+            if env not in QUICK:
+                known = ", ".join(QUICK) or "no environment"
+                fail(f"--preset quick: QUICK of {SCRIPT}.py has no row for {env}, only for {known}")
+            settings |= QUICK[env]
+        source = settings.pop("source", "this file's defaults, nothing was chosen for this environment")
+    names = ", ".join(name for name in settings if name not in ("env", "preset", "variant"))
+    chosen = f"Set for it: {names}. " if names and saved is None else ""  # the others are the file's defaults
+    before = Args(**settings)
+    args = tyro.cli(
+        Args,
+        args=argv,
+        default=before,
+        description=f"{__doc__.splitlines()[0]} Settings of {settings['env']}: {source}. {chosen}"
+        f"Environments: {', '.join(SPECS)}.",
+    )
+    may_change = EVAL_MAY_CHANGE if first.eval_only else RESUME_MAY_CHANGE
+    fixed = (field.name for field in dataclasses.fields(Args) if field.name not in may_change)
+    changed = ", ".join(name for name in fixed if getattr(args, name) != getattr(before, name))
+    if first.resume is not None and changed:
+        fail(f"--resume continues the run as it was set; not with another {changed}")
+    if first.eval_only and changed:
+        fail(f"--eval-only shows the agent as it was trained; not with another {changed}")
+    changed = ", ".join(name for name in START_KEEPS if getattr(args, name) != getattr(before, name))
+    if begins and changed:
+        fail(f"--start-from takes the networks as they have learned; not with another {changed}")
+    check_args(args)
+    return args
+
+
+def check_args(args: Args):
+    """Refuse what makes no sense, with the reason."""
+    if args.env not in SPECS:
+        fail(f"the checkpoint is of {args.env}, an environment that common_envs.py here does not have")
+    spec = SPECS[args.env]
+    for name, value in vars(args).items():
+        if isinstance(value, (float, tuple)) and not np.isfinite(value).all():  # comparisons let NaN pass
+            fail(f"--{name.replace('_', '-')} is not a finite number")
+    if args.reward is not None and args.reward not in spec.rewards:
+        fail(f"--reward {args.reward}: {args.env} has {', '.join(spec.rewards)}")
+    positive = """
+    total_steps eval_every eval_episodes manager_period hidden batch_size worker_buffer manager_buffer
+    worker_critic_updates worker_critic_updates_with_penalty worker_actor_every gradient_penalty_every
+    rollout_planning_every adjacency_epochs adjacency_batch_size planner_keeps_graph coverage_pool
+    dynamics_members dynamics_hidden dynamics_first_updates dynamics_updates dynamics_batch_size
+    gradient_penalty_copies rollout_planning_goals rollout_planning_subgoals
+    """
+    for name in positive.split():
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} must be at least 1")
+    not_negative = """
+    seed threads save_every actor_lr critic_lr critic_weight_decay adjacency_lr novelty_lr dynamics_lr
+    planner_rows coverage_landmarks novelty_landmarks novelty_radius path_heat landmark_shift
+    adjacency_weight landmark_weight landmark_weight_before_planner
+    relabel_shift gradient_penalty_weight rollout_planning_weight reached_radius candidate_noise
+    worker_noise worker_target_noise worker_target_noise_clip rollout_planning_noise
+    manager_noise manager_target_noise manager_target_noise_clip dynamics_every adjacency_every
+    """
+    for name in not_negative.split():
+        if getattr(args, name) < 0:
+            fail(f"--{name.replace('_', '-')} must not be negative")
+    if args.seed >= 2**32:
+        fail("--seed must be below 2**32")
+    if args.threads > 1024:
+        fail(f"--threads {args.threads}: torch crashes with so many; use at most the number of cores")
+    for name in ("tau", "manager_gamma", "random_subgoals", "redrawn_subgoals", "rollout_weight"):
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name.replace('_', '-')} must be within 0 to 1")
+    if (args.redrawn_subgoals > 0 or args.rest_value) and args.worker_looks_ahead:
+        fail(
+            "--redrawn-subgoals and --rest-value hold for one subgoal at a time: add --no-worker-looks-ahead"
+        )
+    if not 0 <= args.worker_gamma < 1:
+        fail("--worker-gamma must be below 1, and not negative: a death counts reward / (1 - gamma)")
+    if args.learning_starts < args.manager_period:
+        fail("--learning-starts must be at least --manager-period: the manager learns from whole segments")
+    spaces = ["xy"] if spec.kind == "point" else ["xy", "xy_block" if spec.observe_block else "xyz"]
+    if args.subgoal_space not in spaces:
+        fail(f"--subgoal-space {args.subgoal_space}: by its obs {args.env} has {' and '.join(spaces)}")
+    dims = len(SUBGOAL_SPACES[args.subgoal_space])
+    if args.subgoal_limit and (len(args.subgoal_limit) != dims or not all(x > 0 for x in args.subgoal_limit)):
+        fail(
+            f"--subgoal-limit: --subgoal-space {args.subgoal_space} needs {dims} positive numbers, or none: "
+            "the flag alone stands for the space's own"
+        )
+    if args.eval_goals and (not spec.goal_dim or len(args.eval_goals) % spec.goal_dim):
+        fail(f"--eval-goals: a goal of {args.env} has {spec.goal_dim} numbers")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
+        fail(f"--device {args.device}: use auto, cpu, cuda or cuda:0")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track needs Weights & Biases: pip install wandb")
+    if args.capture_video and importlib.util.find_spec("imageio_ffmpeg") is None:
+        fail('--capture-video needs a video encoder: pip install "imageio[ffmpeg]"')
+    if args.device.startswith("cuda") and (torch.device(args.device).index or 0) >= torch.cuda.device_count():
+        fail(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    if args.candidates < 3:
+        fail("--candidates must be at least 3: the stored subgoal, the displacement and one draw")
+    if spec.goal_dim != len(SUBGOAL_SPACES[args.subgoal_space]) and args.landmark_weight > 0:
+        fail(
+            f"landmarks need goals and subgoals of one kind: {args.env} has {spec.goal_dim}-dim goals, "
+            f"--subgoal-space {args.subgoal_space} has {len(SUBGOAL_SPACES[args.subgoal_space])}; "
+            "choose another or set --landmark-weight 0"
+        )
+    if int(args.adjacency_factor * args.manager_period) < 2 and uses_adjacency(args):
+        fail("--adjacency-factor x --manager-period must be at least 2, or no two steps are adjacent")
+    if args.adjacency_near > args.adjacency_far:
+        fail("--adjacency-near must not be above --adjacency-far: adjacent cells are the nearer ones")
+    if args.landmark_weight > 0 and args.coverage_landmarks < 1:
+        fail("--coverage-landmarks must be at least 1 while --landmark-weight is not 0")
+    for name in ("dynamics_rows", "dynamics_starts"):
+        if getattr(args, name) < 100:
+            fail(f"--{name.replace('_', '-')} must be at least 100, to train on some and to hold out some")
+    if args.worker_buffer < spec.max_steps:
+        fail(f"--worker-buffer must hold an episode of {spec.max_steps} steps")
+
+
 # -------------------------------------------------------------------------------------- logs and checkpoints
 
 
@@ -1736,6 +1748,15 @@ def try_to_render(env):
         env.render()
     except (RuntimeError, NotImplementedError) as error:
         fail(f"--capture-video: the environment does not render ({type(error).__name__}: {error})")
+
+
+def cpu_model() -> str:
+    """Its name, and family and model, as virtual machines hide a part of the name; off Linux perhaps ""."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    found = (re.search(rf"^{name}\s*: (.*)", text, re.M) for name in ("model name", "cpu family", "model"))
+    words = [match[1] for match in found if match]
+    return f"{words[0]}, family {words[1]}, model {words[2]}" if len(words) == 3 else platform.processor()
 
 
 def describe_run(args: Args) -> dict:
@@ -1752,6 +1773,7 @@ def describe_run(args: Args) -> dict:
         "commit": commit or "unknown",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "cpu": cpu_model(),
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         "vector_units": torch.backends.cpu.get_cpu_capability(),  # "AVX2", "AVX512": tells much of the speed
         "args": dataclasses.asdict(args),
@@ -1889,7 +1911,8 @@ def freeze_run(step: int, loop: SimpleNamespace, env, device) -> dict:
 def fast_cpu_matmul(args: Args, device):
     """oneDNN's float32 kernels for the updates: twice as fast as MKL's on AMD, slower for acting's one row.
 
-    The setting's name promises less precision. That holds where the CPU has AMX units, so not used there.
+    The setting "medium" permits bfloat16, which oneDNN takes on CPUs with AMX units only, where this is left
+    out; elsewhere it is float32 by faster kernels.
     """
     x86 = platform.machine() in ("x86_64", "AMD64")
     if args.fast_matmul and device.type == "cpu" and x86 and not torch.cpu._is_amx_tile_supported():
@@ -2128,22 +2151,22 @@ def main(args: Args):
         action = explore(worker, obs, subgoal, float(warm_up))
 
         # ---- learn from all steps up to the last; a GPU does so while the CPU simulates the next one
-        updates = step - args.learning_starts
+        learning_step = step - args.learning_starts
         with fast_cpu_matmul(args, device):
             penalized = dynamics.trained_at > 0 and args.gradient_penalty_weight > 0
             repeat = args.worker_critic_updates_with_penalty if penalized else args.worker_critic_updates
-            for _ in range(repeat if updates > 0 else 0):
-                due = counts.next(dynamics.trained_at > 0, args)
+            for _ in range(repeat if learning_step > 0 else 0):
+                terms = counts.next(dynamics.trained_at > 0, args)
                 loop.losses |= learn_worker(
-                    worker, manager, dynamics, worker_buffer, manager_buffer, args, **due
+                    worker, manager, dynamics, worker_buffer, manager_buffer, args, **terms
                 )
-            if updates > 0 and updates % period == 0:  # wherever the segment stands
+            if learning_step > 0 and learning_step % period == 0:  # wherever the segment stands
                 modules = (manager, worker, dynamics, adjacency, novelty, graph)
                 with_model = relabels_by_model(args) and dynamics.trained_at > 0
                 with_planner = args.landmark_weight > 0 and step >= args.planner_starts
-                due = {"with_model": with_model, "with_planner": with_planner}
-                due["with_new_graph"] = with_planner and graph.next_is_new(args)
-                loop.losses |= learn_manager(*modules, manager_buffer, worker_buffer, args, **due)
+                terms = {"with_model": with_model, "with_planner": with_planner}
+                terms["with_new_graph"] = with_planner and graph.next_is_new(args)
+                loop.losses |= learn_manager(*modules, manager_buffer, worker_buffer, args, **terms)
 
         # ---- step the environment
         observation, reward, terminated, truncated, info = env.step(action)
@@ -2234,10 +2257,10 @@ def main(args: Args):
             loop.periods, loop.heights, loop.flips, loop.returns = [], [], [], []
             last_time, last_step = time.time(), step
         checkpoint = run_dir / "checkpoint.pt"
-        due = args.save_every > 0 and step % args.save_every == 0
+        save_now = args.save_every > 0 and step % args.save_every == 0
         if step == args.total_steps:  # an older one would repeat steps in a run that is given more of them
-            due = args.save_every > 0 or checkpoint.exists()
-        if stop or due:
+            save_now = args.save_every > 0 or checkpoint.exists()
+        if stop or save_now:
             check_finite(loop.losses, step, run_dir)
             loop.seconds = time.time() - begin
             save_checkpoint(parts, args, checkpoint, loop=freeze_run(step, loop, env, device))

@@ -78,14 +78,6 @@ FORMAT = 1  # of checkpoints; to be raised when this version writes what older o
 STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT]
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup ignores
     STOP_SIGNALS.append(signal.SIGHUP)  # the terminal is gone
-# arguments that --resume, and --eval-only, may change
-RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
-RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
-EVAL_MAY_CHANGE = (*RESUME_MAY_CHANGE, "checkpoint", "eval_only", "env", "reward", "seed", "reached_radius")
-# what --start-from may not change: networks learned with it, or the file has its size; preset names them all
-START_KEEPS = ("preset", "reward", "hidden", "subgoal_space", "subgoal_limit", "action_limit", "mask_xy")
-START_KEEPS += ("scale_worker_inputs", "rest_value", "worker_gamma", "manager_gamma", "manager_period")
-START_KEEPS += ("manager_reward_scale", "flat")
 
 # ------------------------------------------------------------------------------------------------ arguments
 
@@ -268,162 +260,6 @@ FULL = (10.0, 10.0, 0.5, 1.0, 1.0, 1.0, 1.0, 0.5, 0.3, 0.5, 0.3, 0.5, 0.3, 0.5, 
 SUBGOAL_SPACES = {"full": FULL, "xyz": FULL[:3], "xy": FULL[:2]}
 
 
-def fail(message: str):
-    """One clear line on stderr and a non-zero exit."""
-    raise SystemExit(f"{SCRIPT}.py: error: {message}")
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """Two passes: --env or a checkpoint sets the defaults, then all flags are read, and shown, with them."""
-
-    @dataclass
-    class First:
-        env: str | None = None
-        preset: Literal["default", "quick"] = "default"
-        checkpoint: str | None = None
-        resume: str | None = None
-        start_from: str | None = None
-        eval_only: bool = False
-
-    first, _ = tyro.cli(First, args=argv, return_unknown_args=True, add_help=False)
-    if first.env not in (None, *SPECS):
-        fail(f"unknown --env {first.env}; known: {', '.join(SPECS)}")
-    if first.eval_only and first.checkpoint is None:
-        fail("--eval-only needs --checkpoint PATH")
-    if first.checkpoint is not None and not first.eval_only:
-        fail("--checkpoint is for --eval-only; to go on use --resume checkpoint.pt or --start-from model.pt")
-    if first.checkpoint is not None and first.resume is not None:
-        fail("--resume trains, --eval-only does not: choose one of them")
-    begins = first.start_from is not None and first.checkpoint is None and first.resume is None
-    if begins and first.preset != "default":
-        fail("--start-from takes all settings of the file: leave out --preset")
-    saved = first.start_from if begins else first.checkpoint if first.resume is None else first.resume
-    if saved is not None:
-        settings = load_checkpoint(saved)["args"] | {"resume": None, "checkpoint": None, "run_dir": None}
-        source = f"read from {saved}"
-        if begins:  # a run of its own, with networks that know something
-            settings |= {"variant": f"{settings['variant']}_on", "uniform_warmup": False}
-            settings |= {"worker_checkpoint": None} if "worker_checkpoint" in settings else {}
-        if first.resume is None:
-            settings |= {"track": False, "capture_video": False}  # those of the training
-        if first.resume is None and first.env not in (None, settings["env"]):
-            old = settings["env"]
-            if old in SPECS and SPECS[first.env].kind != SPECS[old].kind:
-                fail(f"--env {first.env} has another robot or other obs than {old}, where the agent learned")
-            settings |= {"env": first.env, "eval_goals": PRESETS.get(first.env, {}).get("eval_goals", ())}
-            settings |= {} if settings["reward"] in SPECS[first.env].rewards else {"reward": None}
-    else:
-        env = first.env or Args.env
-        settings = {"env": env, "preset": first.preset, "variant": first.preset} | PRESETS.get(env, {})
-        if first.preset == "quick":
-            if env not in QUICK:
-                known = ", ".join(QUICK) or "no environment"
-                fail(f"--preset quick: QUICK of {SCRIPT}.py has no row for {env}, only for {known}")
-            settings |= QUICK[env]
-        source = settings.pop("source", "this file's defaults, nothing was chosen for this environment")
-    before = Args(**settings)
-    args = tyro.cli(
-        Args,
-        args=argv,
-        default=before,
-        description=f"{__doc__.splitlines()[0]} Settings of {settings['env']}: {source}. "
-        f"Environments: {', '.join(SPECS)}.",
-    )
-    may_change = EVAL_MAY_CHANGE if first.eval_only else RESUME_MAY_CHANGE
-    fixed = (field.name for field in dataclasses.fields(Args) if field.name not in may_change)
-    changed = ", ".join(name for name in fixed if getattr(args, name) != getattr(before, name))
-    if first.resume is not None and changed:
-        fail(f"--resume continues the run as it was set; not with another {changed}")
-    if first.eval_only and changed:
-        fail(f"--eval-only shows the agent as it was trained; not with another {changed}")
-    changed = ", ".join(name for name in START_KEEPS if getattr(args, name) != getattr(before, name))
-    if begins and changed:
-        fail(f"--start-from takes the networks as they have learned; not with another {changed}")
-    check_args(args)
-    return args
-
-
-def check_args(args: Args):
-    """Refuse what makes no sense, with the reason."""
-    if args.env not in SPECS:
-        fail(f"the checkpoint is of {args.env}, an environment that common_envs.py here does not have")
-    spec = SPECS[args.env]
-    for name, value in vars(args).items():
-        if isinstance(value, (float, tuple)) and not np.isfinite(value).all():  # comparisons let NaN pass
-            fail(f"--{name.replace('_', '-')} is not a finite number")
-    if args.reward is not None and args.reward not in spec.rewards:
-        fail(f"--reward {args.reward}: {args.env} has {', '.join(spec.rewards)}")
-    positive = """
-    total_steps eval_every eval_episodes manager_period hidden batch_size worker_buffer
-    worker_actor_every manager_actor_every
-    """
-    for name in positive.split():
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1")
-    not_negative = """
-    seed threads save_every actor_lr critic_lr critic_weight_decay reached_radius candidate_noise fun_noise
-    worker_noise worker_target_noise worker_target_noise_clip
-    manager_noise manager_target_noise manager_target_noise_clip
-    """
-    for name in not_negative.split():
-        if getattr(args, name) < 0:
-            fail(f"--{name.replace('_', '-')} must not be negative")
-    if args.seed >= 2**32:
-        fail("--seed must be below 2**32")
-    if args.threads > 1024:
-        fail(f"--threads {args.threads}: torch crashes with so many; use at most the number of cores")
-    for name in ("tau", "manager_gamma", "random_subgoals", "redrawn_subgoals", "subgoal_testing_rate"):
-        if not 0 <= getattr(args, name) <= 1:
-            fail(f"--{name.replace('_', '-')} must be within 0 to 1")
-    if not 0 <= args.worker_gamma < 1:
-        fail("--worker-gamma must be below 1, and not negative: a death counts reward / (1 - gamma)")
-    if args.learning_starts < args.manager_period:
-        fail("--learning-starts must be at least --manager-period: the manager learns from whole segments")
-    if args.subgoal_space != "xy" and (spec.kind not in ("ant", "gather") or spec.observe_block):
-        fail(f"--subgoal-space {args.subgoal_space} is about an ant's obs, not that of {args.env}: use xy")
-    dims = len(SUBGOAL_SPACES[args.subgoal_space])
-    if args.subgoal_limit and (len(args.subgoal_limit) != dims or not all(x > 0 for x in args.subgoal_limit)):
-        fail(
-            f"--subgoal-limit: --subgoal-space {args.subgoal_space} needs {dims} positive numbers, or none: "
-            "the flag alone stands for the space's own"
-        )
-    if args.eval_goals and (not spec.goal_dim or len(args.eval_goals) % spec.goal_dim):
-        fail(f"--eval-goals: a goal of {args.env} has {spec.goal_dim} numbers")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
-        fail(f"--device {args.device}: use auto, cpu, cuda or cuda:0")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        fail("--track needs Weights & Biases: pip install wandb")
-    if args.capture_video and importlib.util.find_spec("imageio_ffmpeg") is None:
-        fail('--capture-video needs a video encoder: pip install "imageio[ffmpeg]"')
-    if args.device.startswith("cuda") and (torch.device(args.device).index or 0) >= torch.cuda.device_count():
-        fail(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
-    if args.candidates < 3 and args.relabeling == "off_policy":
-        fail("--candidates must be at least 3: the stored subgoal, the displacement and one draw")
-    if args.coop_weight < 0:
-        fail("--coop-weight must not be below 0: the manager would seek what the worker cannot reach")
-    for name in ("coop_delta", "coop_reference"):
-        if getattr(args, name) is not None and getattr(args, name) >= 0:
-            fail(f"--{name.replace('_', '-')} must be below 0, as the worker's rewards are")
-    if args.worker_buffer < args.manager_period:
-        fail("--worker-buffer must hold at least one segment of --manager-period steps")
-    two_levels = "coop_delta coop_reference freeze_worker hindsight mask_xy relabeling scale_worker_inputs"
-    two_levels += " subgoal_limit worker_checkpoint rest_value redrawn_subgoals"
-    given = [name for name in two_levels.split() if getattr(args, name) != getattr(Args, name)]
-    if args.flat and given:
-        instead = ": leave out --preset quick" if args.preset == "quick" else ""
-        fail(f"--flat has one level: not with --{given[0].replace('_', '-')}{instead}")
-    if args.coop_delta is not None and args.coop_weight == 0:
-        fail("--coop-weight 0 switches cooperation off, --coop-delta learns its weight: choose one of them")
-    if args.redrawn_subgoals > 0 and args.hindsight:
-        fail("--redrawn-subgoals must be 0 with --hindsight, HAC's own way of it")
-    if args.redrawn_subgoals > 0 and args.freeze_worker:
-        fail("--redrawn-subgoals must be 0 with --freeze-worker, whose worker does not learn")
-    if args.freeze_worker and args.worker_checkpoint is None and args.start_from is None:
-        fail("--freeze-worker needs --worker-checkpoint or --start-from PATH, or no worker ever learns")
-    if args.worker_checkpoint is not None and args.start_from is not None:
-        fail("--start-from brings a worker: leave out --worker-checkpoint")
-
-
 # ------------------------------------------------------------------------------------------------- subgoals
 
 
@@ -494,10 +330,10 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Twin Q functions: (obs, goal, action) -> q [2, B]. Inputs [B, .] are shared, [2, B, .] one for each.
 
-    With rest = 1 / (1 - gamma), times the reward's scale (--rest-value, off by default), the network is on
-    top of the value of resting for ever, -rest |goal|. To TD learning that is potential-based shaping (Ng et
-    al. 1999; Wiewiora 2003): the optimum is the same, and the network's reward is
-    rest (|goal| - |next goal|), what a step has gained.
+    --rest-value (off by default): Q = network - rest |goal|, rest = 1 / (1 - gamma) times the reward's scale.
+    A worker that stays where it is pays |goal| at every step for ever, rest |goal| in all; with this known
+    part taken out the network learns only what steps gain, rest (|goal| - |next goal|) each. The optimum is
+    the same: it is potential-based shaping (Ng et al. 1999; Wiewiora 2003).
     easy to overlook: q1 repeats forward for one member, for speed; in a network of yours it may return
     self(...)[0].
     """
@@ -916,7 +752,7 @@ def update_worker(worker: TD3, batch, args: Args, with_actor: bool) -> dict:
 
 
 def update_manager(
-    manager: TD3, worker: TD3, coop_weight: CoopWeight, batch, args: Args, with_actor: bool, with_weight: bool
+    manager: TD3, worker: TD3, cooperation: CoopWeight, batch, args: Args, with_actor: bool, with_weight: bool
 ) -> dict:
     """One TD3 update of the manager; with_actor: its actor and the targets; with_weight: a learned lambda."""
     obs, next_obs = batch.obs_seq[:, 0], batch.obs_seq[:, -1]
@@ -933,10 +769,10 @@ def update_manager(
     }
     subgoal = manager.actor(obs, batch.goal)
     if not args.flat:  # also without the term, for J_HRL; lambda moves only after its value was taken
-        coop_loss, weight = cooperative_loss(worker, batch, subgoal, args), coop_weight.value()
+        coop_loss, weight = cooperative_loss(worker, batch, subgoal, args), cooperation.value()
         losses |= {"manager/coop_value": -coop_loss, "manager/coop_weight": weight}
         if with_weight:
-            coop_weight.update(-coop_loss)
+            cooperation.update(-coop_loss)
     if with_actor:
         actor_loss = -manager.critic.q1(obs, batch.goal, subgoal).mean()
         losses["manager/actor_loss"] = actor_loss
@@ -1124,6 +960,176 @@ class Recorder:
             self.film, self.env.markers = None, []
 
 
+# ----------------------------------------------------------------------------------------------- command line
+
+# arguments that --resume, and --eval-only, may change
+RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
+RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
+EVAL_MAY_CHANGE = (*RESUME_MAY_CHANGE, "checkpoint", "eval_only", "env", "reward", "seed", "reached_radius")
+# what --start-from may not change: networks learned with it, or the file has its size; preset names them all
+START_KEEPS = ("preset", "reward", "hidden", "subgoal_space", "subgoal_limit", "action_limit", "mask_xy")
+START_KEEPS += ("scale_worker_inputs", "rest_value", "worker_gamma", "manager_gamma", "manager_period")
+START_KEEPS += ("manager_reward_scale", "flat")
+
+
+def fail(message: str):
+    """One clear line on stderr and a non-zero exit."""
+    raise SystemExit(f"{SCRIPT}.py: error: {message}")
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Two passes: --env or a checkpoint sets the defaults, then all flags are read, and shown, with them."""
+
+    @dataclass
+    class First:
+        env: str | None = None
+        preset: Literal["default", "quick"] = "default"
+        checkpoint: str | None = None
+        resume: str | None = None
+        start_from: str | None = None
+        eval_only: bool = False
+
+    first, _ = tyro.cli(First, args=argv, return_unknown_args=True, add_help=False)
+    if first.env not in (None, *SPECS):
+        fail(f"unknown --env {first.env}; known: {', '.join(SPECS)}")
+    if first.eval_only and first.checkpoint is None:
+        fail("--eval-only needs --checkpoint PATH")
+    if first.checkpoint is not None and not first.eval_only:
+        fail("--checkpoint is for --eval-only; to go on use --resume checkpoint.pt or --start-from model.pt")
+    if first.checkpoint is not None and first.resume is not None:
+        fail("--resume trains, --eval-only does not: choose one of them")
+    begins = first.start_from is not None and first.checkpoint is None and first.resume is None
+    if begins and first.preset != "default":
+        fail("--start-from takes all settings of the file: leave out --preset")
+    saved = first.start_from if begins else first.checkpoint if first.resume is None else first.resume
+    if saved is not None:
+        settings = load_checkpoint(saved)["args"] | {"resume": None, "checkpoint": None, "run_dir": None}
+        source = f"read from {saved}"
+        if begins:  # a run of its own, with networks that know something
+            settings |= {"variant": f"{settings['variant']}_on", "uniform_warmup": False}
+            settings |= {"worker_checkpoint": None} if "worker_checkpoint" in settings else {}
+        if first.resume is None:
+            settings |= {"track": False, "capture_video": False}  # those of the training
+        if first.resume is None and first.env not in (None, settings["env"]):
+            old = settings["env"]
+            if old in SPECS and SPECS[first.env].kind != SPECS[old].kind:
+                fail(f"--env {first.env} has another robot or other obs than {old}, where the agent learned")
+            settings |= {"env": first.env, "eval_goals": PRESETS.get(first.env, {}).get("eval_goals", ())}
+            settings |= {} if settings["reward"] in SPECS[first.env].rewards else {"reward": None}
+    else:
+        env = first.env or Args.env
+        settings = {"env": env, "preset": first.preset, "variant": first.preset} | PRESETS.get(env, {})
+        if first.preset == "quick":
+            if env not in QUICK:
+                known = ", ".join(QUICK) or "no environment"
+                fail(f"--preset quick: QUICK of {SCRIPT}.py has no row for {env}, only for {known}")
+            settings |= QUICK[env]
+        source = settings.pop("source", "this file's defaults, nothing was chosen for this environment")
+    names = ", ".join(name for name in settings if name not in ("env", "preset", "variant"))
+    chosen = f"Set for it: {names}. " if names and saved is None else ""  # the others are the file's defaults
+    before = Args(**settings)
+    args = tyro.cli(
+        Args,
+        args=argv,
+        default=before,
+        description=f"{__doc__.splitlines()[0]} Settings of {settings['env']}: {source}. {chosen}"
+        f"Environments: {', '.join(SPECS)}.",
+    )
+    may_change = EVAL_MAY_CHANGE if first.eval_only else RESUME_MAY_CHANGE
+    fixed = (field.name for field in dataclasses.fields(Args) if field.name not in may_change)
+    changed = ", ".join(name for name in fixed if getattr(args, name) != getattr(before, name))
+    if first.resume is not None and changed:
+        fail(f"--resume continues the run as it was set; not with another {changed}")
+    if first.eval_only and changed:
+        fail(f"--eval-only shows the agent as it was trained; not with another {changed}")
+    changed = ", ".join(name for name in START_KEEPS if getattr(args, name) != getattr(before, name))
+    if begins and changed:
+        fail(f"--start-from takes the networks as they have learned; not with another {changed}")
+    check_args(args)
+    return args
+
+
+def check_args(args: Args):
+    """Refuse what makes no sense, with the reason."""
+    if args.env not in SPECS:
+        fail(f"the checkpoint is of {args.env}, an environment that common_envs.py here does not have")
+    spec = SPECS[args.env]
+    for name, value in vars(args).items():
+        if isinstance(value, (float, tuple)) and not np.isfinite(value).all():  # comparisons let NaN pass
+            fail(f"--{name.replace('_', '-')} is not a finite number")
+    if args.reward is not None and args.reward not in spec.rewards:
+        fail(f"--reward {args.reward}: {args.env} has {', '.join(spec.rewards)}")
+    positive = """
+    total_steps eval_every eval_episodes manager_period hidden batch_size worker_buffer
+    worker_actor_every manager_actor_every
+    """
+    for name in positive.split():
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} must be at least 1")
+    not_negative = """
+    seed threads save_every actor_lr critic_lr critic_weight_decay reached_radius candidate_noise fun_noise
+    worker_noise worker_target_noise worker_target_noise_clip
+    manager_noise manager_target_noise manager_target_noise_clip
+    """
+    for name in not_negative.split():
+        if getattr(args, name) < 0:
+            fail(f"--{name.replace('_', '-')} must not be negative")
+    if args.seed >= 2**32:
+        fail("--seed must be below 2**32")
+    if args.threads > 1024:
+        fail(f"--threads {args.threads}: torch crashes with so many; use at most the number of cores")
+    for name in ("tau", "manager_gamma", "random_subgoals", "redrawn_subgoals", "subgoal_testing_rate"):
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name.replace('_', '-')} must be within 0 to 1")
+    if not 0 <= args.worker_gamma < 1:
+        fail("--worker-gamma must be below 1, and not negative: a death counts reward / (1 - gamma)")
+    if args.learning_starts < args.manager_period:
+        fail("--learning-starts must be at least --manager-period: the manager learns from whole segments")
+    if args.subgoal_space != "xy" and (spec.kind not in ("ant", "gather") or spec.observe_block):
+        fail(f"--subgoal-space {args.subgoal_space} is about an ant's obs, not that of {args.env}: use xy")
+    dims = len(SUBGOAL_SPACES[args.subgoal_space])
+    if args.subgoal_limit and (len(args.subgoal_limit) != dims or not all(x > 0 for x in args.subgoal_limit)):
+        fail(
+            f"--subgoal-limit: --subgoal-space {args.subgoal_space} needs {dims} positive numbers, or none: "
+            "the flag alone stands for the space's own"
+        )
+    if args.eval_goals and (not spec.goal_dim or len(args.eval_goals) % spec.goal_dim):
+        fail(f"--eval-goals: a goal of {args.env} has {spec.goal_dim} numbers")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
+        fail(f"--device {args.device}: use auto, cpu, cuda or cuda:0")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track needs Weights & Biases: pip install wandb")
+    if args.capture_video and importlib.util.find_spec("imageio_ffmpeg") is None:
+        fail('--capture-video needs a video encoder: pip install "imageio[ffmpeg]"')
+    if args.device.startswith("cuda") and (torch.device(args.device).index or 0) >= torch.cuda.device_count():
+        fail(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    if args.candidates < 3 and args.relabeling == "off_policy":
+        fail("--candidates must be at least 3: the stored subgoal, the displacement and one draw")
+    if args.coop_weight < 0:
+        fail("--coop-weight must not be below 0: the manager would seek what the worker cannot reach")
+    for name in ("coop_delta", "coop_reference"):
+        if getattr(args, name) is not None and getattr(args, name) >= 0:
+            fail(f"--{name.replace('_', '-')} must be below 0, as the worker's rewards are")
+    if args.worker_buffer < args.manager_period:
+        fail("--worker-buffer must hold at least one segment of --manager-period steps")
+    two_levels = "coop_delta coop_reference freeze_worker hindsight mask_xy relabeling scale_worker_inputs"
+    two_levels += " subgoal_limit worker_checkpoint rest_value redrawn_subgoals"
+    given = [name for name in two_levels.split() if getattr(args, name) != getattr(Args, name)]
+    if args.flat and given:
+        instead = ": leave out --preset quick" if args.preset == "quick" else ""
+        fail(f"--flat has one level: not with --{given[0].replace('_', '-')}{instead}")
+    if args.coop_delta is not None and args.coop_weight == 0:
+        fail("--coop-weight 0 switches cooperation off, --coop-delta learns its weight: choose one of them")
+    if args.redrawn_subgoals > 0 and args.hindsight:
+        fail("--redrawn-subgoals must be 0 with --hindsight, HAC's own way of it")
+    if args.redrawn_subgoals > 0 and args.freeze_worker:
+        fail("--redrawn-subgoals must be 0 with --freeze-worker, whose worker does not learn")
+    if args.freeze_worker and args.worker_checkpoint is None and args.start_from is None:
+        fail("--freeze-worker needs --worker-checkpoint or --start-from PATH, or no worker ever learns")
+    if args.worker_checkpoint is not None and args.start_from is not None:
+        fail("--start-from brings a worker: leave out --worker-checkpoint")
+
+
 # -------------------------------------------------------------------------------------- logs and checkpoints
 
 
@@ -1133,6 +1139,15 @@ def try_to_render(env):
         env.render()
     except (RuntimeError, NotImplementedError) as error:
         fail(f"--capture-video: the environment does not render ({type(error).__name__}: {error})")
+
+
+def cpu_model() -> str:
+    """Its name, and family and model, as virtual machines hide a part of the name; off Linux perhaps ""."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    found = (re.search(rf"^{name}\s*: (.*)", text, re.M) for name in ("model name", "cpu family", "model"))
+    words = [match[1] for match in found if match]
+    return f"{words[0]}, family {words[1]}, model {words[2]}" if len(words) == 3 else platform.processor()
 
 
 def describe_run(args: Args) -> dict:
@@ -1149,6 +1164,7 @@ def describe_run(args: Args) -> dict:
         "commit": commit or "unknown",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "cpu": cpu_model(),
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         "vector_units": torch.backends.cpu.get_cpu_capability(),  # "AVX2", "AVX512": tells much of the speed
         "args": dataclasses.asdict(args),
@@ -1345,7 +1361,8 @@ def freeze_run(step: int, loop: SimpleNamespace, env, device) -> dict:
 def fast_cpu_matmul(args: Args, device):
     """oneDNN's float32 kernels for the updates: twice as fast as MKL's on AMD, slower for acting's one row.
 
-    The setting's name promises less precision. That holds where the CPU has AMX units, so not used there.
+    The setting "medium" permits bfloat16, which oneDNN takes on CPUs with AMX units only, where this is left
+    out; elsewhere it is float32 by faster kernels.
     """
     x86 = platform.machine() in ("x86_64", "AMD64")
     if args.fast_matmul and device.type == "cpu" and x86 and not torch.cpu._is_amx_tile_supported():
@@ -1526,9 +1543,9 @@ def main(args: Args):
     elif args.worker_checkpoint and not args.resume:
         load_worker(worker, env, args)
     worker_learns = not (args.flat or args.freeze_worker)
-    coop_weight = CoopWeight(args, device)
+    cooperation = CoopWeight(args, device)
     buffer, segment = make_buffers(env, args, manager, worker, device)
-    parts = agents | {"coop_weight": coop_weight, "buffer": buffer, "segment": segment}
+    parts = agents | {"coop_weight": cooperation, "buffer": buffer, "segment": segment}
     period, dims = args.manager_period, len(manager.limit)
 
     # ---- start, or continue
@@ -1572,18 +1589,21 @@ def main(args: Args):
         action = explore(worker, obs, subgoal, float(warm_up and worker_learns))
 
         # ---- learn from all steps up to the last; a GPU does so while the CPU simulates the next one
-        updates = step - args.learning_starts
+        learning_step = step - args.learning_starts
         with fast_cpu_matmul(args, device):
-            if updates > 0:
+            if learning_step > 0:
                 batch = sample(buffer, args)
-            if updates > 0 and updates % period == 0:  # wherever the segment stands
-                with_actor = updates % (period * args.manager_actor_every) == 0
-                due = (with_actor, args.coop_delta is not None and updates > period * args.coop_starts)
-                loop.losses |= learn_manager(manager, worker, coop_weight, batch, args, *due)
+            if learning_step > 0 and learning_step % period == 0:  # wherever the segment stands
+                with_actor = learning_step % (period * args.manager_actor_every) == 0
+                terms = (
+                    with_actor,
+                    args.coop_delta is not None and learning_step > period * args.coop_starts,
+                )
+                loop.losses |= learn_manager(manager, worker, cooperation, batch, args, *terms)
                 if not args.flat:
                     loop.coop_values.append(loop.losses["manager/coop_value"].clone())
-            if updates > 0 and worker_learns:
-                with_actor = updates % args.worker_actor_every == 0
+            if learning_step > 0 and worker_learns:
+                with_actor = learning_step % args.worker_actor_every == 0
                 loop.losses |= learn_worker(worker, batch, args, with_actor)
 
         # ---- step the environment
@@ -1653,10 +1673,10 @@ def main(args: Args):
             loop.worker_returns, loop.coop_values = [], []
             last_time, last_step = time.time(), step
         checkpoint = run_dir / "checkpoint.pt"
-        due = args.save_every > 0 and step % args.save_every == 0
+        save_now = args.save_every > 0 and step % args.save_every == 0
         if step == args.total_steps:  # an older one would repeat steps in a run that is given more of them
-            due = args.save_every > 0 or checkpoint.exists()
-        if stop or due:
+            save_now = args.save_every > 0 or checkpoint.exists()
+        if stop or save_now:
             check_finite(loop.losses, step, run_dir)
             loop.seconds = time.time() - begin
             save_checkpoint(parts, args, checkpoint, loop=freeze_run(step, loop, env, device))

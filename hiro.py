@@ -14,9 +14,9 @@ about. The worker sees the subgoal, never the goal:
         update_worker: TD3 on (obs, subgoal, action, worker's reward, next_obs, next_subgoal) of the replay
         every manager_period steps, update_manager: TD3 on (obs, goal, relabeled subgoal,
             manager_reward_scale * summed reward, obs one period later)
-            in it relabel_subgoals: the worker has changed since a segment was recorded, so its subgoal gives
-            way to the candidate that best explains the recorded actions to the present worker (off-policy
-            correction)
+            relabel_subgoals (off-policy correction): the worker has changed since a segment was recorded, so
+            the candidate under which today's worker would most likely have acted as recorded takes the place
+            of the segment's subgoal
         next_obs, reward = env.step(action)
         worker's reward = -|achieved + subgoal - next_achieved|           intrinsic_reward
         next_subgoal = achieved + subgoal - next_achieved                 subgoal_transition: the same target
@@ -68,14 +68,6 @@ FORMAT = 1  # of checkpoints; to be raised when this version writes what older o
 STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT]
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup ignores
     STOP_SIGNALS.append(signal.SIGHUP)  # the terminal is gone
-# arguments that --resume, and --eval-only, may change
-RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
-RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
-EVAL_MAY_CHANGE = (*RESUME_MAY_CHANGE, "checkpoint", "eval_only", "env", "reward", "seed", "reached_radius")
-# what --start-from may not change: networks learned with it, or the file has its size; preset names them all
-START_KEEPS = ("preset", "reward", "hidden", "subgoal_space", "subgoal_limit", "action_limit", "mask_xy")
-START_KEEPS += ("scale_worker_inputs", "rest_value", "worker_gamma", "manager_gamma", "manager_period")
-START_KEEPS += ("manager_reward_scale",)
 
 # ------------------------------------------------------------------------------------------------ arguments
 
@@ -258,149 +250,6 @@ FULL = (10.0, 10.0, 0.5, 1.0, 1.0, 1.0, 1.0, 0.5, 0.3, 0.5, 0.3, 0.5, 0.3, 0.5, 
 SUBGOAL_SPACES = {"full": FULL, "xyz": FULL[:3], "xy": FULL[:2]}
 
 
-def fail(message: str):
-    """One clear line on stderr and a non-zero exit."""
-    raise SystemExit(f"{SCRIPT}.py: error: {message}")
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """Two passes: --env or a checkpoint sets the defaults, then all flags are read, and shown, with them."""
-
-    @dataclass
-    class First:
-        env: str | None = None
-        preset: Literal["default", "quick"] = "default"
-        checkpoint: str | None = None
-        resume: str | None = None
-        start_from: str | None = None
-        eval_only: bool = False
-
-    first, _ = tyro.cli(First, args=argv, return_unknown_args=True, add_help=False)
-    if first.env not in (None, *SPECS):
-        fail(f"unknown --env {first.env}; known: {', '.join(SPECS)}")
-    if first.eval_only and first.checkpoint is None:
-        fail("--eval-only needs --checkpoint PATH")
-    if first.checkpoint is not None and not first.eval_only:
-        fail("--checkpoint is for --eval-only; to go on use --resume checkpoint.pt or --start-from model.pt")
-    if first.checkpoint is not None and first.resume is not None:
-        fail("--resume trains, --eval-only does not: choose one of them")
-    begins = first.start_from is not None and first.checkpoint is None and first.resume is None
-    if begins and first.preset != "default":
-        fail("--start-from takes all settings of the file: leave out --preset")
-    saved = first.start_from if begins else first.checkpoint if first.resume is None else first.resume
-    if saved is not None:
-        settings = load_checkpoint(saved)["args"] | {"resume": None, "checkpoint": None, "run_dir": None}
-        source = f"read from {saved}"
-        if begins:  # a run of its own, with networks that know something
-            settings |= {"variant": f"{settings['variant']}_on", "uniform_warmup": False}
-            settings |= {"worker_checkpoint": None} if "worker_checkpoint" in settings else {}
-        if first.resume is None:
-            settings |= {"track": False, "capture_video": False}  # those of the training
-        if first.resume is None and first.env not in (None, settings["env"]):
-            old = settings["env"]
-            if old in SPECS and SPECS[first.env].kind != SPECS[old].kind:
-                fail(f"--env {first.env} has another robot or other obs than {old}, where the agent learned")
-            settings |= {"env": first.env, "eval_goals": PRESETS.get(first.env, {}).get("eval_goals", ())}
-            settings |= {} if settings["reward"] in SPECS[first.env].rewards else {"reward": None}
-    else:
-        env = first.env or Args.env
-        settings = {"env": env, "preset": first.preset, "variant": first.preset} | PRESETS.get(env, {})
-        if first.preset == "quick":
-            if env not in QUICK:
-                known = ", ".join(QUICK) or "no environment"
-                fail(f"--preset quick: QUICK of {SCRIPT}.py has no row for {env}, only for {known}")
-            settings |= QUICK[env]
-        source = settings.pop("source", "this file's defaults, nothing was chosen for this environment")
-    before = Args(**settings)
-    args = tyro.cli(
-        Args,
-        args=argv,
-        default=before,
-        description=f"{__doc__.splitlines()[0]} Settings of {settings['env']}: {source}. "
-        f"Environments: {', '.join(SPECS)}.",
-    )
-    may_change = EVAL_MAY_CHANGE if first.eval_only else RESUME_MAY_CHANGE
-    fixed = (field.name for field in dataclasses.fields(Args) if field.name not in may_change)
-    changed = ", ".join(name for name in fixed if getattr(args, name) != getattr(before, name))
-    if first.resume is not None and changed:
-        fail(f"--resume continues the run as it was set; not with another {changed}")
-    if first.eval_only and changed:
-        fail(f"--eval-only shows the agent as it was trained; not with another {changed}")
-    changed = ", ".join(name for name in START_KEEPS if getattr(args, name) != getattr(before, name))
-    if begins and changed:
-        fail(f"--start-from takes the networks as they have learned; not with another {changed}")
-    check_args(args)
-    return args
-
-
-def check_args(args: Args):
-    """Refuse what makes no sense, with the reason."""
-    if args.env not in SPECS:
-        fail(f"the checkpoint is of {args.env}, an environment that common_envs.py here does not have")
-    spec = SPECS[args.env]
-    for name, value in vars(args).items():
-        if isinstance(value, (float, tuple)) and not np.isfinite(value).all():  # comparisons let NaN pass
-            fail(f"--{name.replace('_', '-')} is not a finite number")
-    if args.reward is not None and args.reward not in spec.rewards:
-        fail(f"--reward {args.reward}: {args.env} has {', '.join(spec.rewards)}")
-    positive = """
-    total_steps eval_every eval_episodes manager_period hidden batch_size worker_buffer
-    worker_actor_every manager_actor_every manager_buffer
-    """
-    for name in positive.split():
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1")
-    not_negative = """
-    seed threads save_every actor_lr critic_lr critic_weight_decay reached_radius candidate_noise fun_noise
-    worker_noise worker_target_noise worker_target_noise_clip
-    manager_noise manager_target_noise manager_target_noise_clip
-    """
-    for name in not_negative.split():
-        if getattr(args, name) < 0:
-            fail(f"--{name.replace('_', '-')} must not be negative")
-    if args.seed >= 2**32:
-        fail("--seed must be below 2**32")
-    if args.threads > 1024:
-        fail(f"--threads {args.threads}: torch crashes with so many; use at most the number of cores")
-    for name in ("tau", "manager_gamma", "random_subgoals", "redrawn_subgoals"):
-        if not 0 <= getattr(args, name) <= 1:
-            fail(f"--{name.replace('_', '-')} must be within 0 to 1")
-    if (args.redrawn_subgoals > 0 or args.rest_value) and args.worker_looks_ahead:
-        fail(
-            "--redrawn-subgoals and --rest-value hold for one subgoal at a time: add --no-worker-looks-ahead"
-        )
-    if not 0 <= args.worker_gamma < 1:
-        fail("--worker-gamma must be below 1, and not negative: a death counts reward / (1 - gamma)")
-    if args.learning_starts < args.manager_period:
-        fail("--learning-starts must be at least --manager-period: the manager learns from whole segments")
-    if args.subgoal_space != "xy" and (spec.kind not in ("ant", "gather") or spec.observe_block):
-        fail(f"--subgoal-space {args.subgoal_space} is about an ant's obs, not that of {args.env}: use xy")
-    dims = len(SUBGOAL_SPACES[args.subgoal_space])
-    if args.subgoal_limit and (len(args.subgoal_limit) != dims or not all(x > 0 for x in args.subgoal_limit)):
-        fail(
-            f"--subgoal-limit: --subgoal-space {args.subgoal_space} needs {dims} positive numbers, or none: "
-            "the flag alone stands for the space's own"
-        )
-    if args.eval_goals and (not spec.goal_dim or len(args.eval_goals) % spec.goal_dim):
-        fail(f"--eval-goals: a goal of {args.env} has {spec.goal_dim} numbers")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
-        fail(f"--device {args.device}: use auto, cpu, cuda or cuda:0")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        fail("--track needs Weights & Biases: pip install wandb")
-    if args.capture_video and importlib.util.find_spec("imageio_ffmpeg") is None:
-        fail('--capture-video needs a video encoder: pip install "imageio[ffmpeg]"')
-    if args.device.startswith("cuda") and (torch.device(args.device).index or 0) >= torch.cuda.device_count():
-        fail(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
-    if args.candidates < 3 and args.relabeling == "off_policy":
-        fail("--candidates must be at least 3: the stored subgoal, the displacement and one draw")
-    if args.redrawn_subgoals > 0 and args.freeze_worker:
-        fail("--redrawn-subgoals must be 0 with --freeze-worker, whose worker does not learn")
-    if args.freeze_worker and args.worker_checkpoint is None and args.start_from is None:
-        fail("--freeze-worker needs --worker-checkpoint or --start-from PATH, or no worker ever learns")
-    if args.worker_checkpoint is not None and args.start_from is not None:
-        fail("--start-from brings a worker: leave out --worker-checkpoint")
-
-
 # ------------------------------------------------------------------------------------------------- subgoals
 
 
@@ -471,10 +320,10 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Twin Q functions: (obs, goal, action) -> q [2, B]. Inputs [B, .] are shared, [2, B, .] one for each.
 
-    With rest = 1 / (1 - gamma), times the reward's scale (--rest-value, off by default), the network is on
-    top of the value of resting for ever, -rest |goal|. To TD learning that is potential-based shaping (Ng et
-    al. 1999; Wiewiora 2003): the optimum is the same, and the network's reward is
-    rest (|goal| - |next goal|), what a step has gained.
+    --rest-value (off by default): Q = network - rest |goal|, rest = 1 / (1 - gamma) times the reward's scale.
+    A worker that stays where it is pays |goal| at every step for ever, rest |goal| in all; with this known
+    part taken out the network learns only what steps gain, rest (|goal| - |next goal|) each. The optimum is
+    the same: it is potential-based shaping (Ng et al. 1999; Wiewiora 2003).
     easy to overlook: q1 repeats forward for one member, for speed; in a network of yours it may return
     self(...)[0].
     """
@@ -958,6 +807,163 @@ class Recorder:
             self.film, self.env.markers = None, []
 
 
+# ----------------------------------------------------------------------------------------------- command line
+
+# arguments that --resume, and --eval-only, may change
+RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
+RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
+EVAL_MAY_CHANGE = (*RESUME_MAY_CHANGE, "checkpoint", "eval_only", "env", "reward", "seed", "reached_radius")
+# what --start-from may not change: networks learned with it, or the file has its size; preset names them all
+START_KEEPS = ("preset", "reward", "hidden", "subgoal_space", "subgoal_limit", "action_limit", "mask_xy")
+START_KEEPS += ("scale_worker_inputs", "rest_value", "worker_gamma", "manager_gamma", "manager_period")
+START_KEEPS += ("manager_reward_scale",)
+
+
+def fail(message: str):
+    """One clear line on stderr and a non-zero exit."""
+    raise SystemExit(f"{SCRIPT}.py: error: {message}")
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Two passes: --env or a checkpoint sets the defaults, then all flags are read, and shown, with them."""
+
+    @dataclass
+    class First:
+        env: str | None = None
+        preset: Literal["default", "quick"] = "default"
+        checkpoint: str | None = None
+        resume: str | None = None
+        start_from: str | None = None
+        eval_only: bool = False
+
+    first, _ = tyro.cli(First, args=argv, return_unknown_args=True, add_help=False)
+    if first.env not in (None, *SPECS):
+        fail(f"unknown --env {first.env}; known: {', '.join(SPECS)}")
+    if first.eval_only and first.checkpoint is None:
+        fail("--eval-only needs --checkpoint PATH")
+    if first.checkpoint is not None and not first.eval_only:
+        fail("--checkpoint is for --eval-only; to go on use --resume checkpoint.pt or --start-from model.pt")
+    if first.checkpoint is not None and first.resume is not None:
+        fail("--resume trains, --eval-only does not: choose one of them")
+    begins = first.start_from is not None and first.checkpoint is None and first.resume is None
+    if begins and first.preset != "default":
+        fail("--start-from takes all settings of the file: leave out --preset")
+    saved = first.start_from if begins else first.checkpoint if first.resume is None else first.resume
+    if saved is not None:
+        settings = load_checkpoint(saved)["args"] | {"resume": None, "checkpoint": None, "run_dir": None}
+        source = f"read from {saved}"
+        if begins:  # a run of its own, with networks that know something
+            settings |= {"variant": f"{settings['variant']}_on", "uniform_warmup": False}
+            settings |= {"worker_checkpoint": None} if "worker_checkpoint" in settings else {}
+        if first.resume is None:
+            settings |= {"track": False, "capture_video": False}  # those of the training
+        if first.resume is None and first.env not in (None, settings["env"]):
+            old = settings["env"]
+            if old in SPECS and SPECS[first.env].kind != SPECS[old].kind:
+                fail(f"--env {first.env} has another robot or other obs than {old}, where the agent learned")
+            settings |= {"env": first.env, "eval_goals": PRESETS.get(first.env, {}).get("eval_goals", ())}
+            settings |= {} if settings["reward"] in SPECS[first.env].rewards else {"reward": None}
+    else:
+        env = first.env or Args.env
+        settings = {"env": env, "preset": first.preset, "variant": first.preset} | PRESETS.get(env, {})
+        if first.preset == "quick":
+            if env not in QUICK:
+                known = ", ".join(QUICK) or "no environment"
+                fail(f"--preset quick: QUICK of {SCRIPT}.py has no row for {env}, only for {known}")
+            settings |= QUICK[env]
+        source = settings.pop("source", "this file's defaults, nothing was chosen for this environment")
+    names = ", ".join(name for name in settings if name not in ("env", "preset", "variant"))
+    chosen = f"Set for it: {names}. " if names and saved is None else ""  # the others are the file's defaults
+    before = Args(**settings)
+    args = tyro.cli(
+        Args,
+        args=argv,
+        default=before,
+        description=f"{__doc__.splitlines()[0]} Settings of {settings['env']}: {source}. {chosen}"
+        f"Environments: {', '.join(SPECS)}.",
+    )
+    may_change = EVAL_MAY_CHANGE if first.eval_only else RESUME_MAY_CHANGE
+    fixed = (field.name for field in dataclasses.fields(Args) if field.name not in may_change)
+    changed = ", ".join(name for name in fixed if getattr(args, name) != getattr(before, name))
+    if first.resume is not None and changed:
+        fail(f"--resume continues the run as it was set; not with another {changed}")
+    if first.eval_only and changed:
+        fail(f"--eval-only shows the agent as it was trained; not with another {changed}")
+    changed = ", ".join(name for name in START_KEEPS if getattr(args, name) != getattr(before, name))
+    if begins and changed:
+        fail(f"--start-from takes the networks as they have learned; not with another {changed}")
+    check_args(args)
+    return args
+
+
+def check_args(args: Args):
+    """Refuse what makes no sense, with the reason."""
+    if args.env not in SPECS:
+        fail(f"the checkpoint is of {args.env}, an environment that common_envs.py here does not have")
+    spec = SPECS[args.env]
+    for name, value in vars(args).items():
+        if isinstance(value, (float, tuple)) and not np.isfinite(value).all():  # comparisons let NaN pass
+            fail(f"--{name.replace('_', '-')} is not a finite number")
+    if args.reward is not None and args.reward not in spec.rewards:
+        fail(f"--reward {args.reward}: {args.env} has {', '.join(spec.rewards)}")
+    positive = """
+    total_steps eval_every eval_episodes manager_period hidden batch_size worker_buffer
+    worker_actor_every manager_actor_every manager_buffer
+    """
+    for name in positive.split():
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} must be at least 1")
+    not_negative = """
+    seed threads save_every actor_lr critic_lr critic_weight_decay reached_radius candidate_noise fun_noise
+    worker_noise worker_target_noise worker_target_noise_clip
+    manager_noise manager_target_noise manager_target_noise_clip
+    """
+    for name in not_negative.split():
+        if getattr(args, name) < 0:
+            fail(f"--{name.replace('_', '-')} must not be negative")
+    if args.seed >= 2**32:
+        fail("--seed must be below 2**32")
+    if args.threads > 1024:
+        fail(f"--threads {args.threads}: torch crashes with so many; use at most the number of cores")
+    for name in ("tau", "manager_gamma", "random_subgoals", "redrawn_subgoals"):
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name.replace('_', '-')} must be within 0 to 1")
+    if (args.redrawn_subgoals > 0 or args.rest_value) and args.worker_looks_ahead:
+        fail(
+            "--redrawn-subgoals and --rest-value hold for one subgoal at a time: add --no-worker-looks-ahead"
+        )
+    if not 0 <= args.worker_gamma < 1:
+        fail("--worker-gamma must be below 1, and not negative: a death counts reward / (1 - gamma)")
+    if args.learning_starts < args.manager_period:
+        fail("--learning-starts must be at least --manager-period: the manager learns from whole segments")
+    if args.subgoal_space != "xy" and (spec.kind not in ("ant", "gather") or spec.observe_block):
+        fail(f"--subgoal-space {args.subgoal_space} is about an ant's obs, not that of {args.env}: use xy")
+    dims = len(SUBGOAL_SPACES[args.subgoal_space])
+    if args.subgoal_limit and (len(args.subgoal_limit) != dims or not all(x > 0 for x in args.subgoal_limit)):
+        fail(
+            f"--subgoal-limit: --subgoal-space {args.subgoal_space} needs {dims} positive numbers, or none: "
+            "the flag alone stands for the space's own"
+        )
+    if args.eval_goals and (not spec.goal_dim or len(args.eval_goals) % spec.goal_dim):
+        fail(f"--eval-goals: a goal of {args.env} has {spec.goal_dim} numbers")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
+        fail(f"--device {args.device}: use auto, cpu, cuda or cuda:0")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track needs Weights & Biases: pip install wandb")
+    if args.capture_video and importlib.util.find_spec("imageio_ffmpeg") is None:
+        fail('--capture-video needs a video encoder: pip install "imageio[ffmpeg]"')
+    if args.device.startswith("cuda") and (torch.device(args.device).index or 0) >= torch.cuda.device_count():
+        fail(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    if args.candidates < 3 and args.relabeling == "off_policy":
+        fail("--candidates must be at least 3: the stored subgoal, the displacement and one draw")
+    if args.redrawn_subgoals > 0 and args.freeze_worker:
+        fail("--redrawn-subgoals must be 0 with --freeze-worker, whose worker does not learn")
+    if args.freeze_worker and args.worker_checkpoint is None and args.start_from is None:
+        fail("--freeze-worker needs --worker-checkpoint or --start-from PATH, or no worker ever learns")
+    if args.worker_checkpoint is not None and args.start_from is not None:
+        fail("--start-from brings a worker: leave out --worker-checkpoint")
+
+
 # -------------------------------------------------------------------------------------- logs and checkpoints
 
 
@@ -967,6 +973,15 @@ def try_to_render(env):
         env.render()
     except (RuntimeError, NotImplementedError) as error:
         fail(f"--capture-video: the environment does not render ({type(error).__name__}: {error})")
+
+
+def cpu_model() -> str:
+    """Its name, and family and model, as virtual machines hide a part of the name; off Linux perhaps ""."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    found = (re.search(rf"^{name}\s*: (.*)", text, re.M) for name in ("model name", "cpu family", "model"))
+    words = [match[1] for match in found if match]
+    return f"{words[0]}, family {words[1]}, model {words[2]}" if len(words) == 3 else platform.processor()
 
 
 def describe_run(args: Args) -> dict:
@@ -983,6 +998,7 @@ def describe_run(args: Args) -> dict:
         "commit": commit or "unknown",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "cpu": cpu_model(),
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         "vector_units": torch.backends.cpu.get_cpu_capability(),  # "AVX2", "AVX512": tells much of the speed
         "args": dataclasses.asdict(args),
@@ -1154,7 +1170,8 @@ def freeze_run(step: int, loop: SimpleNamespace, env, device) -> dict:
 def fast_cpu_matmul(args: Args, device):
     """oneDNN's float32 kernels for the updates: twice as fast as MKL's on AMD, slower for acting's one row.
 
-    The setting's name promises less precision. That holds where the CPU has AMX units, so not used there.
+    The setting "medium" permits bfloat16, which oneDNN takes on CPUs with AMX units only, where this is left
+    out; elsewhere it is float32 by faster kernels.
     """
     x86 = platform.machine() in ("x86_64", "AMD64")
     if args.fast_matmul and device.type == "cpu" and x86 and not torch.cpu._is_amx_tile_supported():
@@ -1371,13 +1388,13 @@ def main(args: Args):
         action = explore(worker, obs, subgoal, float(warm_up and worker_learns))
 
         # ---- learn from all steps up to the last; a GPU does so while the CPU simulates the next one
-        updates = step - args.learning_starts
+        learning_step = step - args.learning_starts
         with fast_cpu_matmul(args, device):
-            if updates > 0 and worker_learns:
-                with_actor = updates % args.worker_actor_every == 0
+            if learning_step > 0 and worker_learns:
+                with_actor = learning_step % args.worker_actor_every == 0
                 loop.losses |= learn_worker(worker, worker_buffer, args, with_actor)
-            if updates > 0 and updates % period == 0:  # wherever the segment stands
-                with_actor = updates % (period * args.manager_actor_every) == 0
+            if learning_step > 0 and learning_step % period == 0:  # wherever the segment stands
+                with_actor = learning_step % (period * args.manager_actor_every) == 0
                 loop.losses |= learn_manager(manager, worker, manager_buffer, args, with_actor)
 
         # ---- step the environment
@@ -1452,10 +1469,10 @@ def main(args: Args):
             loop.periods, loop.heights, loop.flips, loop.returns = [], [], [], []
             last_time, last_step = time.time(), step
         checkpoint = run_dir / "checkpoint.pt"
-        due = args.save_every > 0 and step % args.save_every == 0
+        save_now = args.save_every > 0 and step % args.save_every == 0
         if step == args.total_steps:  # an older one would repeat steps in a run that is given more of them
-            due = args.save_every > 0 or checkpoint.exists()
-        if stop or due:
+            save_now = args.save_every > 0 or checkpoint.exists()
+        if stop or save_now:
             check_finite(loop.losses, step, run_dir)
             loop.seconds = time.time() - begin
             save_checkpoint(parts, args, checkpoint, loop=freeze_run(step, loop, env, device))

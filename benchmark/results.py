@@ -7,6 +7,7 @@ A run that stopped before its --total-steps is unfinished: it has a line of its 
 """
 
 import csv
+import itertools
 import json
 import shlex
 from dataclasses import dataclass
@@ -28,6 +29,13 @@ success). Progress: of the worker in training, metres along the subgoal per peri
 rows. Hours: wall-clock of one run, often beside others; some count pauses. Unfinished: stopped before its own
 --total-steps, which may be less than the script's length for the environment. Runs with --start-from in their
 command (below) began with a trained agent, not from scratch; their steps and `solved at` count from there.
+"""
+SEEDS = """
+## Seeds together
+
+Variants of several seeds, finished or not, at the last step at which all of them were evaluated: mean and
+standard deviation (n - 1) over the seeds of each one's mean of the last five evaluations up to there. That
+step is where the shortest run was stopped, so the others may have gone on from there to more.
 """
 ORIGIN = """
 ## Commits, machines and commands
@@ -92,13 +100,14 @@ def read_run(file: Path) -> dict:
         for name in ("step", "time", "eval/success", "eval/success_any", "eval/return", "worker/progress")
     }
     settings, versions = config["args"], config.get("versions", {})
-    machine = [config["machine"], config.get("vector_units"), config.get("gpu")]
+    machine = [config.get("cpu"), config["machine"], config.get("vector_units"), config.get("gpu")]
     machine += [f"{name} {versions[name]}" for name in ("torch", "mujoco") if name in versions]
     machine = ", ".join(filter(None, machine))
     in_grid = file.parent.name == f"seed{settings['seed']}"  # benchmark/run.py's <variant>/seed<k>
     variant = file.parent.parent.name if in_grid else settings["variant"]
     return {
         "key": (config["script"], settings["env"], variant),
+        "curve": dict(zip(values["step"].astype(int).tolist(), values["eval/success"])),
         "seed": settings["seed"],
         "finished": values["step"][-1] >= settings["total_steps"],
         "steps": int(values["step"][-1]),
@@ -118,6 +127,24 @@ def spread(values: list, digits: int = 2) -> str:
     numbers = (np.mean(values), min(values), max(values))
     mean, low, high = (f"{round(x, digits) + 0.0:.{digits}f}" for x in numbers)  # + 0.0: no -0.00
     return mean if len(values) == 1 else f"{mean} ({low} to {high})"
+
+
+def together(runs: list[dict]) -> tuple[int, list]:
+    """The last step that all runs have, and each one's mean of its last five evaluations up to there."""
+    step = max(set.intersection(*(set(run["curve"]) for run in runs)), default=0)
+    means = [np.mean([v for at, v in run["curve"].items() if at <= step][-LAST:]) for run in runs if step]
+    return step, means
+
+
+def seeds_row(key: tuple, runs: list[dict]) -> str | None:
+    """A line of the second table; None where there is one seed, no step in common, or no success."""
+    step, means = together(runs)
+    if len(means) < 2 or not np.isfinite(means).all():
+        return None
+    each = ", ".join(f"{mean:.2f}" for mean in means)
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    cells = (*key, seeds, f"{step:,}", f"{np.mean(means):.2f} ± {np.std(means, ddof=1):.2f}", each)
+    return "| " + " | ".join(cells) + " |"
 
 
 def table_row(key: tuple, runs: list[dict]) -> str:
@@ -158,7 +185,15 @@ def main(args: Args):
     header = HEADER.replace("FOLDER", "benchmark/results" if published else str(args.folder))
     lines = [table_row(key, group) for (key, _), group in groups.items()]
     rule = "|" + "---|" * len(COLUMNS)
-    text = "\n".join([header, "| " + " | ".join(COLUMNS) + " |", rule, *lines, ORIGIN])
+    text = "\n".join([header, "| " + " | ".join(COLUMNS) + " |", rule, *lines])
+    by_key = {}
+    for run in sorted(runs, key=lambda run: (run["key"], run["seed"])):
+        by_key.setdefault(run["key"], []).append(run)
+    lines = [row for row in itertools.starmap(seeds_row, by_key.items()) if row]
+    if lines:
+        head = "| script | environment | variant | seeds | step | success | of each |"
+        text = "\n".join([text, SEEDS, head, "|" + "---|" * 7, *lines])
+    text += "\n" + ORIGIN
     for (key, _), group in groups.items():
         for run in group:
             text += f"\n- {'/'.join(key)}/seed{run['seed']}: {run['origin']}"

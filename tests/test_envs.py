@@ -963,6 +963,7 @@ class Swimmer(common_envs.AntEnv):
     "robot, changes, reason",
     [
         (common_envs.AntEnv, dict(action_limit=31.0), "beyond ant.xml's ctrlrange"),
+        (common_envs.PointEnv, dict(kind="point"), "action_limit 30.0 is beyond point.xml's ctrlrange"),
         (common_envs.AntEnv, dict(eval_goals=((0, 8), (0, 4))), "no way leads to the goal .0, 4."),
         (common_envs.AntEnv, dict(eval_goals=((120, 160),)), "no way leads to the goal .120, 160."),
         (common_envs.AntEnv, dict(train_goals=((8, 0), (4, 4))), "no way leads to the goal .4, 4."),

@@ -46,7 +46,7 @@ def publish(tmp_path):
 
 def table_of(tmp_path):
     results.main(results.Args(tmp_path / "results", tmp_path / "RESULTS.md"))
-    rows = (tmp_path / "RESULTS.md").read_text().splitlines()
+    rows = (tmp_path / "RESULTS.md").read_text().split("## Seeds together")[0].splitlines()
     return [row.strip("| ").split(" | ") for row in rows if row.startswith("| hiro")]
 
 
@@ -204,6 +204,17 @@ def test_quick_presets_are_the_settings_of_their_runs(run):
     preset = vars(module.parse_args(["--env", config["args"]["env"], "--preset", "quick"]))
     preset = json.loads(json.dumps(preset))  # tuples as lists, as in the file
     assert {name for name, value in config["args"].items() if preset[name] != value} <= NOT_LEARNING
+
+
+def test_seeds_together_at_their_last_common_step(publish, tmp_path):
+    """Seed 1 was stopped at 60, seed 2 went on: (0 + 0.2 + 0.4 + 0.6 + 0.8) / 5 = 0.4 and 1.5 / 5 = 0.3."""
+    publish("hiro", "A", "x", 1, [1, 0, 0.2, 0.4, 0.6, 0.8], 100)
+    publish("hiro", "A", "x", 2, [0, 0, 0, 0, 0.5, 1, 1, 1, 1, 1], 100)
+    publish("hiro", "A", "one_seed", 1, [1, 1], 100)
+    table_of(tmp_path)
+    lines = (tmp_path / "RESULTS.md").read_text().split("## Seeds together")[1].splitlines()
+    (row,) = [line for line in lines if line.startswith("| hiro")]
+    assert row == "| hiro | A | x | 1, 2 | 60 | 0.35 ± 0.07 | 0.40, 0.30 |"  # 0.1 / sqrt(2)
 
 
 # How a row of README's table, or of the part of docs/results.md, begins -> its runs, below benchmark/results.

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SCRIPTS
+from conftest import ROOT, SCRIPTS, TINY, TINY_OF
 
 # Defined in more than one script with the same text; Class.method where the rest of the class differs.
 SHARED = """
@@ -21,7 +21,7 @@ ReplayBuffer.state_dict ReplayBuffer.load_state_dict
 Segment score_candidates
 make_candidates relabel_subgoals
 period_metrics split_observation evaluate writing Recorder
-describe_run append_row to_tensors say log_row check_finite
+cpu_model describe_run append_row to_tensors say log_row check_finite
 save_checkpoint load_checkpoint load_parts freeze_run
 fast_cpu_matmul cuda_graph load_run make_buffers make_run_dir
 redraw_subgoals safe_norm try_to_render load_worker
@@ -121,9 +121,10 @@ def test_a_copy_with_the_environments_is_enough(script, tmp_path):
     for name in (f"{script}.py", "common_envs.py"):
         shutil.copy(ROOT / name, tmp_path)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, f"{script}.py", "--help"]
+    command = [sys.executable, f"{script}.py", "--env", "PointMaze-U", "--total-steps", "80", *TINY]
+    command += [*TINY_OF.get(script, ()), "--run-dir", "run"]
     result = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
-    assert "--manager-period" in result.stdout
+    assert {"config.json", "progress.csv", "model.pt"} <= {path.name for path in (tmp_path / "run").iterdir()}
