@@ -44,6 +44,18 @@ Commands are those of a run's first start (with --resume PATH: of a later one, a
 without paths; commit, machine and the settings in its config.json are those of the last start. Presets and
 code have changed since: a command and its settings hold for the commit.
 """
+STARTS = """
+Files of --start-from that are not in the tree, and how they came about (`graft`: `python benchmark/graft.py`,
+`agents`: `benchmark/agents`):
+
+- walker.pt: `graft without-time agents/aclg_gcmr_dense.pt agents/aclg_gcmr.pt walker.pt`
+- bn_g98.pt: `graft discount agents/aclg_gcmr_bottleneck.pt bn_g98.pt --worker-gamma 0.98`
+- xy.pt: `graft see-xy agents/aclg_gcmr_bottleneck.pt xy.pt`
+- s98.pt: `graft discount agents/hiro_ularge_scratch.pt s98.pt --worker-gamma 0.98`
+- g98.pt: the same of the model.pt of hiro/AntMaze-ULarge/quick_on/seed2 at 650,000 steps, not kept
+- quick_on_mid.pt: the model.pt of the same run at 300,000 steps, not kept
+- A3_80k_agent.pt: the model.pt of aclg_gcmr/AntMaze-Bottleneck/quick_walker/seed3 at 80,000 steps, not kept
+"""
 COLUMNS = (
     "script",
     "environment",
@@ -193,7 +205,7 @@ def main(args: Args):
     if lines:
         head = "| script | environment | variant | seeds | step | success | of each |"
         text = "\n".join([text, SEEDS, head, "|" + "---|" * 7, *lines])
-    text += "\n" + ORIGIN
+    text += "\n" + ORIGIN + (STARTS if published else "")
     for (key, _), group in groups.items():
         for run in group:
             text += f"\n- {'/'.join(key)}/seed{run['seed']}: {run['origin']}"

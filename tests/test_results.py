@@ -206,6 +206,14 @@ def test_quick_presets_are_the_settings_of_their_runs(run):
     assert {name for name, value in config["args"].items() if preset[name] != value} <= NOT_LEARNING
 
 
+def test_every_agent_that_a_run_began_with_is_told():
+    """In the tree, or how it was made."""
+    text = (ROOT / "benchmark" / "RESULTS.md").read_text()
+    files = re.findall(r"--start-from (\S+\.pt)", text)
+    assert len(files) > 10
+    assert all((ROOT / file).exists() or f"\n- {file}: " in text for file in files)
+
+
 def test_seeds_together_at_their_last_common_step(publish, tmp_path):
     """Seed 1 was stopped at 60, seed 2 went on: (0 + 0.2 + 0.4 + 0.6 + 0.8) / 5 = 0.4 and 1.5 / 5 = 0.3."""
     publish("hiro", "A", "x", 1, [1, 0, 0.2, 0.4, 0.6, 0.8], 100)
