@@ -2127,6 +2127,8 @@ def main(args: Args):
         if first_step > args.total_steps:
             fail(f"{args.resume} is at step {first_step - 1} already; raise --total-steps")
     run_dir = make_run_dir(args)  # after all refusals: a refused --resume leaves the run's config.json alone
+    replay = sum(part.rows.nbytes for part in parts.values() if isinstance(part, ReplayBuffer))
+    print(f"replay: {replay / 1e9:.2f} GB when full", flush=True)
     learn_worker, learn_manager = (cuda_graph(f, args, device) for f in (update_worker, update_manager))
     learn_novelty = cuda_graph(update_novelty, args, device)
     stop = []  # signals received

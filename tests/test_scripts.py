@@ -115,6 +115,17 @@ def test_config(trained, script):
     assert args["env"] == trained.env and args["total_steps"] == 520 and args["hidden"] == 32
 
 
+def test_memory_of_the_replay_is_told(trained, script):
+    """float32; entries of obs, achieved, action: PointMaze-U 7, 2, 2, AntMaze-U 30, 2, 8."""
+    obs, action = (7, 2) if trained.env == "PointMaze-U" else (30, 8)
+    step = 2 * obs + 2 * 2 + action + 2  # obs, subgoal and their successors, action, reward, terminated
+    segment = 11 * obs + 10 * action + 1 + 2 + 2 + 2  # length; goal, subgoal; reward, terminated
+    if script != "cher":  # whose 20,000 segments hold the worker's subgoals and rewards, too
+        assert f"replay: {200_000 * 4 * (step + segment) / 1e9:.2f} GB" in trained.result.out
+    else:
+        assert re.search(r"replay: 0\.0\d GB", trained.result.out)
+
+
 def test_files(trained, script):
     state = torch.load(trained.folder / "model.pt", weights_only=True)
     assert state["script"] == script and state["args"]["env"] == trained.env
