@@ -16,9 +16,9 @@ This is hiro.py with subgoals in x and y and, in the order in which they were pr
     every step:
         act, and store as in hiro.py, but with --no-worker-looks-ahead
         update_worker: (with the default intervals)
-            critics by critic_loss, once a step; once the model is trained five times, one of them
+            critics: critic_loss, one update a step; as soon as the model is trained five, one of them
                 with + gradient_penalty
-            actor at every fifth critic update by -q1; once the model is trained every tenth time
+            actor, at every fifth critic update: -q1; as soon as the model is trained at every tenth of these
                 with + rollout_planning_loss
     every manager_period steps:
         update_manager: relabeled critic_loss; -q1 + adjacency_loss + landmark_loss towards plan_landmarks
@@ -213,13 +213,13 @@ class Args:
     # --- Relabeling (GCMR) ---
     model_relabeling: bool = True  # score candidates on model rollouts; off: on the recorded states (HIRO)
     rollout_weight: float = 0.95  # w, the i-th state is w^i recorded, 1 - w^i model; 0: model alone; 1: none
-    relabel_shift: float = 20.0  # delta_sg; rms of a batch: this / sqrt(batch_size); 0: the best itself
+    relabel_shift: float = 20.0  # delta_sg; subgoals move by this / sqrt(rows) in rms; 0: to the best itself
     relabel_norm: Literal["batch", "sample"] = "batch"  # shift / norm of all differences, or each row's
 
     # --- Gradient penalty (GCMR) ---
     gradient_penalty_weight: float = 1.0  # lambda_gp
     gradient_penalty_every: int = 5  # worker critic updates
-    gradient_penalty_form: Literal["paper", "released"] = "paper"  # actions: the worker's; or random ones
+    gradient_penalty_form: Literal["paper", "released"] = "paper"  # worker's actions, k; or random, k / rows
     gradient_penalty_copies: int = 16  # random actions per row of "released"
 
     # --- One-step rollout planning (GCMR) ---
@@ -771,7 +771,8 @@ class Adjacency(nn.Module):
         sizes = [dims, 128, 128, 128, 32]
         layers = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.ReLU())]
         self.embed = nn.Sequential(*layers[:-1])
-        self.lags = int(args.manager_period * args.adjacency_factor) - 1  # as released, less one (docs, 15)
+        # adjacent up to so many steps: as released; the paper has manager_period (docs, 15)
+        self.lags = int(args.manager_period * args.adjacency_factor) - 1
         self.cells: dict[tuple, int] = {}  # cell -> its row in the matrix
         self.matrix = np.eye(0, dtype=bool)  # [cells, cells]
         self.positions = 0  # collected since the last training
@@ -1265,7 +1266,7 @@ def planning_value_loss(manager: TD3, worker: TD3, dynamics: DynamicsEnsemble, o
 class UpdateCounts:
     """Which terms are due at the worker's next critic update. *_with_model: since the model was trained.
 
-    Counted here, as a step has one critic update, or several once there is a gradient penalty.
+    Counted here, as a step may have several critic updates.
     """
 
     def __init__(self):
@@ -1630,7 +1631,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             settings |= QUICK[env]
         source = settings.pop("source", "this file's defaults, nothing was chosen for this environment")
     names = ", ".join(name for name in settings if name not in ("env", "preset", "variant"))
-    chosen = f"Set for it: {names}. " if names and saved is None else ""  # the others are the file's defaults
+    chosen = f"Set for it: {names}. " if names and saved is None else ""  # of a file it would be all names
     before = Args(**settings)
     args = tyro.cli(
         Args,
@@ -2128,7 +2129,7 @@ def main(args: Args):
             fail(f"{args.resume} is at step {first_step - 1} already; raise --total-steps")
     run_dir = make_run_dir(args)  # after all refusals: a refused --resume leaves the run's config.json alone
     replay = sum(part.rows.nbytes for part in parts.values() if isinstance(part, ReplayBuffer))
-    print(f"replay: {replay / 1e9:.2f} GB when full", flush=True)
+    print(f"replay: at most {replay / 1e9:.2f} GB", flush=True)
     learn_worker, learn_manager = (cuda_graph(f, args, device) for f in (update_worker, update_manager))
     learn_novelty = cuda_graph(update_novelty, args, device)
     stop = []  # signals received

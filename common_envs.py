@@ -322,7 +322,7 @@ class AntEnv(gym.Env):
         clamped = model.actuator_ctrllimited.astype(bool) & (
             model.actuator_ctrlrange[:, 1] < task.action_limit
         )
-        # the point robot moves without its motors: its steps may be longer than the turning motor's range
+        # the point robot moves without its motors, so its turns may be beyond the turning motor's range
         if clamped.all() if isinstance(self, PointEnv) else clamped.any():
             raise ValueError(f"{task.id}: action_limit {task.action_limit} is beyond {self.xml}'s ctrlrange")
         if not (model.geom_contype | model.geom_conaffinity)[model.geom_bodyid > 0].any():

@@ -873,7 +873,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             settings |= QUICK[env]
         source = settings.pop("source", "this file's defaults, nothing was chosen for this environment")
     names = ", ".join(name for name in settings if name not in ("env", "preset", "variant"))
-    chosen = f"Set for it: {names}. " if names and saved is None else ""  # the others are the file's defaults
+    chosen = f"Set for it: {names}. " if names and saved is None else ""  # of a file it would be all names
     before = Args(**settings)
     args = tyro.cli(
         Args,
@@ -1366,7 +1366,7 @@ def main(args: Args):
             fail(f"{args.resume} is at step {first_step - 1} already; raise --total-steps")
     run_dir = make_run_dir(args)  # after all refusals: a refused --resume leaves the run's config.json alone
     replay = sum(part.rows.nbytes for part in parts.values() if isinstance(part, ReplayBuffer))
-    print(f"replay: {replay / 1e9:.2f} GB when full", flush=True)
+    print(f"replay: at most {replay / 1e9:.2f} GB", flush=True)
     learn_worker, learn_manager = (cuda_graph(f, args, device) for f in (update_worker, update_manager))
     stop = []  # signals received
 

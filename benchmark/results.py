@@ -34,8 +34,10 @@ SEEDS = """
 ## Seeds together
 
 Variants of several seeds, finished or not, at the last step at which all of them were evaluated: mean and
-standard deviation (n - 1) over the seeds of each one's mean of the last five evaluations up to there. That
-step is where the shortest run was stopped, so the others may have gone on from there to more.
+standard deviation (n - 1) over the seeds of each one's mean of the last five evaluations (or fewer) up to
+there. That step is where the shortest run ended, so others may have gone on to more. Intervals and episodes
+of evaluation may differ. Where in the published runs more than the seed differs: quick_walker_again's two
+began with different agents; far_g95 is seed 1 of hiro's quick on AntMaze-ULarge, and not counted there.
 """
 ORIGIN = """
 ## Commits, machines and commands
@@ -45,16 +47,21 @@ without paths; commit, machine and the settings in its config.json are those of 
 code have changed since: a command and its settings hold for the commit.
 """
 STARTS = """
+## Agents that runs began with
+
 Files of --start-from that are not in the tree, and how they came about (`graft`: `python benchmark/graft.py`,
 `agents`: `benchmark/agents`):
 
-- walker.pt: `graft without-time agents/aclg_gcmr_dense.pt agents/aclg_gcmr.pt walker.pt`
+- walker.pt: `graft without-time agents/aclg_gcmr_dense.pt agents/aclg_gcmr.pt walker.pt`; novelty
+  networks are drawn anew
 - bn_g98.pt: `graft discount agents/aclg_gcmr_bottleneck.pt bn_g98.pt --worker-gamma 0.98`
-- xy.pt: `graft see-xy agents/aclg_gcmr_bottleneck.pt xy.pt`
+- xy.pt: `graft see-xy` of the run's own model.pt, not kept; the published agent lacks its
+  optimizers
 - s98.pt: `graft discount agents/hiro_ularge_scratch.pt s98.pt --worker-gamma 0.98`
 - g98.pt: the same of the model.pt of hiro/AntMaze-ULarge/quick_on/seed2 at 650,000 steps, not kept
 - quick_on_mid.pt: the model.pt of the same run at 300,000 steps, not kept
-- A3_80k_agent.pt: the model.pt of aclg_gcmr/AntMaze-Bottleneck/quick_walker/seed3 at 80,000 steps, not kept
+- A3_80k_agent.pt: the model.pt of aclg_gcmr/AntMaze-Bottleneck/quick_walker/seed3 at 80,000 steps without its
+  optimizers, not kept
 """
 COLUMNS = (
     "script",
@@ -149,7 +156,7 @@ def together(runs: list[dict]) -> tuple[int, list]:
 
 
 def seeds_row(key: tuple, runs: list[dict]) -> str | None:
-    """A line of the second table; None where there is one seed, no step in common, or no success."""
+    """A line of the second table; None where there is one seed, no step in common, or no such column."""
     step, means = together(runs)
     if len(means) < 2 or not np.isfinite(means).all():
         return None
@@ -205,10 +212,12 @@ def main(args: Args):
     if lines:
         head = "| script | environment | variant | seeds | step | success | of each |"
         text = "\n".join([text, SEEDS, head, "|" + "---|" * 7, *lines])
-    text += "\n" + ORIGIN + (STARTS if published else "")
+    text += "\n" + ORIGIN
     for (key, _), group in groups.items():
         for run in group:
             text += f"\n- {'/'.join(key)}/seed{run['seed']}: {run['origin']}"
+    if published:
+        text += "\n" + STARTS.rstrip()
     out = args.out or args.folder.resolve().parent / "RESULTS.md"
     out.write_text(text + "\n")
     print(f"wrote {out}: {len(runs)} runs")

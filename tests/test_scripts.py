@@ -121,9 +121,9 @@ def test_memory_of_the_replay_is_told(trained, script):
     step = 2 * obs + 2 * 2 + action + 2  # obs, subgoal and their successors, action, reward, terminated
     segment = 11 * obs + 10 * action + 1 + 2 + 2 + 2  # length; goal, subgoal; reward, terminated
     if script != "cher":  # whose 20,000 segments hold the worker's subgoals and rewards, too
-        assert f"replay: {200_000 * 4 * (step + segment) / 1e9:.2f} GB" in trained.result.out
+        assert f"replay: at most {200_000 * 4 * (step + segment) / 1e9:.2f} GB" in trained.result.out
     else:
-        assert re.search(r"replay: 0\.0\d GB", trained.result.out)
+        assert re.search(r"replay: at most 0\.0[1-9] GB", trained.result.out)
 
 
 def test_files(trained, script):
@@ -169,6 +169,15 @@ def parse(module, capsys, *argv):
         printed = capsys.readouterr()
         text = stop.code if isinstance(stop.code, str) else printed.out + printed.err
         return (1 if isinstance(stop.code, str) else stop.code), text
+
+
+def test_every_setting_has_its_help(script):
+    """tyro takes it from the comment behind the default, and misses it when the formatter wraps the line."""
+    text = (ROOT / f"{script}.py").read_text()
+    fields = re.search(r"^class Args:\n(.*?)^\S", text, re.M | re.S).group(1).splitlines()
+    fields = [line for line in fields if re.match(r"    \w+: ", line)]
+    assert len(fields) > 40
+    assert [line for line in fields if "  # " not in line] == []
 
 
 def test_help_shows_the_values_of_the_environment(script, module, run):
