@@ -1299,6 +1299,10 @@ def make_run_dir(args: Args) -> Path:
         if args.resume and path.exists():
             earlier = json.loads(path.read_text())
             config["earlier_commands"] = [*earlier.get("earlier_commands", []), earlier["command"]]
+            config["earlier_commits"] = [
+                *earlier.get("earlier_commits", []),
+                earlier.get("commit", "unknown"),
+            ]
         if args.track or "wandb_id" in earlier:  # a resumed run goes on in the same run of Weights & Biases
             config["wandb_id"] = earlier.get("wandb_id") or os.urandom(8).hex()
         path.with_suffix(".tmp").write_text(json.dumps(config, indent=2) + "\n")

@@ -43,8 +43,9 @@ ORIGIN = """
 ## Commits, machines and commands
 
 Commands are those of a run's first start (with --resume PATH: of a later one, as the first was not kept),
-without paths; commit, machine and the settings in its config.json are those of the last start. Presets and
-code have changed since: a command and its settings hold for the commit.
+without paths; machine, commit and the settings in its config.json are those of the last start ("a then b":
+the commits of all its starts, kept since December 2026). Presets and code have changed since: a command and
+its settings hold for the commit.
 """
 STARTS = """
 ## Agents that runs began with
@@ -122,6 +123,7 @@ def read_run(file: Path) -> dict:
     machine = [config.get("cpu"), config["machine"], config.get("vector_units"), config.get("gpu")]
     machine += [f"{name} {versions[name]}" for name in ("torch", "mujoco") if name in versions]
     machine = ", ".join(filter(None, machine))
+    commits = " then ".join(dict.fromkeys([*config.get("earlier_commits", []), config["commit"]]))
     in_grid = file.parent.name == f"seed{settings['seed']}"  # benchmark/run.py's <variant>/seed<k>
     variant = file.parent.parent.name if in_grid else settings["variant"]
     return {
@@ -137,7 +139,7 @@ def read_run(file: Path) -> dict:
         "return": values["eval/return"][-LAST:].mean(),
         "progress": values["worker/progress"][-LAST:].mean(),
         "hours": values["time"][-1] / 3600,
-        "origin": f"commit {config['commit']}, {machine}: `{first_command(config)}`",
+        "origin": f"commit {commits}, {machine}: `{first_command(config)}`",
     }
 
 

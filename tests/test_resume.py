@@ -79,13 +79,14 @@ def test_sigterm_saves_and_ends_well(stopped, script):
 def test_resumed_run_is_the_same_run(stopped, script, run, reference, tmp_path):
     """In its own folder, by default; only the number of steps is needed, the rest is in the file."""
     folder = shutil.copytree(stopped[0], tmp_path / "run")
-    first = json.loads((folder / "config.json").read_text())["command"]
+    first, commit = (json.loads((folder / "config.json").read_text())[name] for name in ("command", "commit"))
     run(script, "--resume", folder / "checkpoint.pt")
     same_run(folder, reference)
     # the older checkpoint is gone: given more steps, the run goes on from its end and repeats nothing
     end = torch.load(folder / "checkpoint.pt", weights_only=True)["loop"]["step"]
     assert end == (1030 if script == "aclg_gcmr" else 630)
     config = json.loads((folder / "config.json").read_text())  # the run's settings came by the first command
+    assert config["earlier_commits"] == [commit]
     assert config["earlier_commands"] == [first] and "--resume" in config["command"]
 
 
