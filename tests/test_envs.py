@@ -302,10 +302,9 @@ def test_a_simulation_that_diverges(env_id, before, tmp_path, monkeypatch):
 
 def maze_of(monkeypatch, rows, kind="ant", **columns):
     monkeypatch.setitem(MAZES, "Mine", rows)
-    goals = Uniform((-2, -2), (2, 2))
-    monkeypatch.setitem(
-        SPECS, "Mine", common_envs.EnvSpec("Mine", "Mine", 4, goals, ((0, 0),), 1, kind=kind, **columns)
-    )
+    goals, columns = Uniform((-2, -2), (2, 2)), dict(kind=kind, **columns)
+    columns |= {"action_limit": 1} if kind == "point" else {}
+    monkeypatch.setitem(SPECS, "Mine", common_envs.EnvSpec("Mine", "Mine", 4, goals, ((0, 0),), 1, **columns))
     return make_env("Mine")
 
 
