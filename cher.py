@@ -966,7 +966,7 @@ class Recorder:
 RESUME_MAY_CHANGE = ("resume", "run_dir", "total_steps", "device", "threads", "eval_every", "eval_episodes")
 RESUME_MAY_CHANGE += ("eval_goals", "save_every", "variant", "track", "capture_video", "cudagraph")
 EVAL_MAY_CHANGE = (*RESUME_MAY_CHANGE, "checkpoint", "eval_only", "env", "reward", "seed", "reached_radius")
-# what --start-from may not change: networks learned with it, or the file has its size; preset names them all
+# what --start-from may not change: networks learned with it, or the file has its size; preset sets some
 START_KEEPS = ("preset", "reward", "hidden", "subgoal_space", "subgoal_limit", "action_limit", "mask_xy")
 START_KEEPS += ("scale_worker_inputs", "rest_value", "worker_gamma", "manager_gamma", "manager_period")
 START_KEEPS += ("manager_reward_scale", "flat")
@@ -1026,7 +1026,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             settings |= QUICK[env]
         source = settings.pop("source", "this file's defaults, nothing was chosen for this environment")
     names = ", ".join(name for name in settings if name not in ("env", "preset", "variant"))
-    chosen = f"Set for it: {names}. " if names and saved is None else ""  # of a file it would be all names
+    chosen = f"Set for it: {names}. " if names and saved is None else ""  # a saved file names all settings
     before = Args(**settings)
     args = tyro.cli(
         Args,
@@ -1361,8 +1361,8 @@ def freeze_run(step: int, loop: SimpleNamespace, env, device) -> dict:
 def fast_cpu_matmul(args: Args, device):
     """oneDNN's float32 kernels for the updates: twice as fast as MKL's on AMD, slower for acting's one row.
 
-    The setting "medium" permits bfloat16, which oneDNN takes on CPUs with AMX units only, where this is left
-    out; elsewhere it is float32 by faster kernels.
+    The setting "medium" permits bfloat16. With AMX units oneDNN would take it, so not used there; on a CPU
+    that has bfloat16 but no AMX its float32 kernels ran.
     """
     x86 = platform.machine() in ("x86_64", "AMD64")
     if args.fast_matmul and device.type == "cpu" and x86 and not torch.cpu._is_amx_tile_supported():

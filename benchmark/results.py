@@ -44,7 +44,7 @@ ORIGIN = """
 
 Commands are those of a run's first start (with --resume PATH: of a later one, as the first was not kept),
 without paths; machine, commit and the settings in its config.json are those of the last start ("a then b":
-the commits of all its starts, kept since December 2026). Presets and code have changed since: a command and
+the commits of all its starts, kept since 2026-11-30). Presets and code have changed since: a command and
 its settings hold for the commit.
 """
 STARTS = """
